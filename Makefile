@@ -1,0 +1,97 @@
+# make run      train a small GPT on STRATEGY and DEVICES, then let it write some text
+# make check    everything a change has to pass: lint types test docs
+# make bench    what the library costs per step, next to its peers
+#
+# Every target makes its own virtual environment in .venv first, and only when it has to.
+
+PYTHON ?= python3
+
+STRATEGY ?= fsdp
+DEVICES ?= $(if $(filter single_device,$(STRATEGY)),1,2)
+PRECISION ?= 32-true
+DATA ?=
+OUT ?= runs/gpt-$(STRATEGY)-$(PRECISION)-$(DEVICES)
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Versions come from constraints.txt alone. Builds share the environment (no isolation): DeepSpeed's setup.py imports torch,
+# and an isolated build would fetch a torch of its own, of any version.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALL_SELF := $(INSTALL) --no-build-isolation --editable
+PINS := constraints.txt pyproject.toml
+
+# One thread a process: two ranks on two cores otherwise fight over them.
+export OMP_NUM_THREADS ?= 1
+# DeepSpeed installs as plain Python; the operators it needs are compiled at first use.
+export DS_BUILD_OPS := 0
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help run test lint types docs check bench clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+# --- environments: one stamp for each set of packages, so a second run installs nothing ---
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("PYTHON must be 3.11 or newer, but is " + sys.version.split()[0] + ". Choose one with make PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: whatever is resolved after it finds it installed and keeps it.
+$(VENV)/.stamp-torch: constraints.txt | $(BIN)/python
+	@echo "installing torch and the build tools ..."
+	$(INSTALL) $$(grep '^torch==' constraints.txt) setuptools wheel ninja hatchling editables
+	@touch $@
+
+$(VENV)/.stamp-run: $(VENV)/.stamp-torch $(PINS)
+	$(INSTALL_SELF) '.[progress]'
+	@touch $@
+
+$(VENV)/.stamp-deepspeed: $(VENV)/.stamp-torch $(PINS)
+	@echo "installing DeepSpeed ..."
+	$(INSTALL_SELF) '.[progress,deepspeed]'
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-torch $(PINS)
+	@echo "installing what the tests need ..."
+	$(INSTALL_SELF) '.[dev,deepspeed]'
+	@touch $@
+
+$(VENV)/.stamp-bench: $(VENV)/.stamp-torch $(PINS)
+	@echo "installing what is compared with ..."
+	$(INSTALL_SELF) '.[progress,deepspeed,bench]'
+	@touch $@
+
+# --- train, then generate ---
+
+run: $(VENV)/.stamp-$(if $(filter deepspeed%,$(STRATEGY)),deepspeed,run)
+	$(BIN)/python examples/train_gpt.py --strategy $(STRATEGY) --devices $(DEVICES) --precision $(PRECISION) \
+		--out $(OUT) $(if $(DATA),--data '$(DATA)')
+	$(BIN)/python examples/generate.py --checkpoint $(OUT)/checkpoint
+
+# --- checks ---
+
+# Ranks are processes: each writes a data file of its own, combined at the end also when a test failed.
+test: $(VENV)/.stamp-dev
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest --ignore=tests/docs; status=$$?; \
+		$(BIN)/coverage combine --quiet && $(BIN)/coverage report; exit $$status
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.stamp-dev
+	$(BIN)/mypy
+
+docs: $(VENV)/.stamp-dev
+	$(if $(wildcard tests/docs),$(BIN)/pytest tests/docs,@echo "tests/docs does not exist yet")
+
+check: lint types test docs
+
+bench: $(VENV)/.stamp-bench
+	$(BIN)/python benchmarks/overhead.py
+
+clean:
+	rm -rf $(VENV) runs .coverage .coverage.* htmlcov .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,223 @@
+"""Train a small GPT on bytes of text. The strategy is a flag: the code below is the same for all of them.
+
+    python examples/train_gpt.py                                              # one process
+    python examples/train_gpt.py --strategy ddp --devices 2                   # replicas
+    python examples/train_gpt.py --strategy fsdp --devices 2                  # sharded
+    python examples/train_gpt.py --strategy tensor_parallel --devices 2       # split matrices
+    python examples/train_gpt.py --strategy deepspeed --devices 2             # ZeRO stage 3
+    python examples/train_gpt.py --precision bf16-mixed --data book.txt       # a text of your own
+    python examples/train_gpt.py --resume runs/gpt/checkpoint --steps 800     # go on from there
+    torchrun --nproc-per-node 2 examples/train_gpt.py --strategy fsdp --devices 2
+
+Then let it write: python examples/generate.py --checkpoint runs/gpt/checkpoint
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from fabriclite import Fabric
+from gpt import GPT, GPTConfig
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    where = parser.add_argument_group("where and how it runs")
+    where.add_argument("--accelerator", default="auto")
+    where.add_argument("--strategy", default="auto")
+    where.add_argument("--devices", default="auto")
+    where.add_argument("--precision", default="32-true")
+    files = parser.add_argument_group("files")
+    files.add_argument("--data", type=Path, help="any text; default: the language reference that Python ships")
+    files.add_argument("--out", type=Path, default=Path("runs/gpt"), help="folder for the checkpoint")
+    files.add_argument("--resume", type=Path, help="a checkpoint to go on from; it also gives the model's shape")
+    shape = parser.add_argument_group("model")
+    shape.add_argument("--dim", type=int, default=192)
+    shape.add_argument("--layers", type=int, default=4)
+    shape.add_argument("--heads", type=int, default=4)
+    shape.add_argument("--context", type=int, default=128, help="tokens")
+    training = parser.add_argument_group("training")
+    training.add_argument("--steps", type=int, default=300, help="in all, with those before --resume")
+    training.add_argument("--batch-size", type=int, default=8, help="sequences per process and forward")
+    training.add_argument("--accumulate", type=int, default=1, help="forwards per step")
+    training.add_argument("--learning-rate", type=float, default=3e-3, help="the highest; warmup, then half a cosine")
+    training.add_argument("--warmup", type=int, default=20, help="steps")
+    training.add_argument("--seed", type=int, default=1337)
+    training.add_argument("--log-every", type=int, default=25, help="steps between lines without a terminal")
+    return parser.parse_args()
+
+
+class Windows(Dataset[tuple[Tensor, Tensor]]):
+    """Cuts a text into stretches of ``context`` tokens, each with the same stretch one token later."""
+
+    def __init__(self, tokens: Tensor, context: int) -> None:
+        self.tokens = tokens
+        self.context = context
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - 1) // self.context
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        start = index * self.context
+        window = self.tokens[start : start + self.context + 1].long()
+        return window[:-1], window[1:]
+
+
+def load_text(path: Path | None, context: int) -> tuple[Windows, Windows]:
+    """Training and validation windows: the first 90% of the bytes and the rest."""
+    text = path.read_text(encoding="utf-8") if path else "\n\n".join(topics.values())
+    tokens = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    split = len(tokens) * 9 // 10
+    return Windows(tokens[:split], context), Windows(tokens[split:], context)
+
+
+def forever(loader: DataLoader[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        yield from loader
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Linear warmup, then half a cosine down to a tenth."""
+    if step < args.warmup:
+        return args.learning_rate * (step + 1) / args.warmup
+    done = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(model(inputs).float().flatten(0, 1), targets.flatten())
+
+
+@torch.no_grad()
+def evaluate(fabric: Fabric, model: nn.Module, loader: DataLoader[tuple[Tensor, Tensor]]) -> float:
+    """Mean loss over batches and ranks. Every rank must call this."""
+    model.eval()
+    losses = [loss_of(model, inputs, targets) for inputs, targets in loader]
+    model.train()
+    return fabric.all_reduce(torch.stack(losses).mean(), reduce_op="mean").item()
+
+
+class Report:
+    """Shows training on rank zero: a bar in a terminal, else a line every ``log_every`` steps."""
+
+    def __init__(self, fabric: Fabric, first: int, steps: int, log_every: int) -> None:
+        words = "loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s a rank"
+        self.bar = Progress(BarColumn(), MofNCompleteColumn(), TextColumn(words), TimeRemainingColumn())
+        self.bar.disable = not (fabric.is_global_zero and self.bar.console.is_terminal)
+        self.task = self.bar.add_task("train", total=steps, completed=first, loss=math.nan, rate=math.nan)
+        self.fabric = fabric
+        self.first, self.steps, self.log_every = first, steps, log_every
+        self.losses: deque[Tensor] = deque(maxlen=log_every)  # tensors: reading one waits for the device
+        self.start = time.perf_counter()
+
+    def __enter__(self) -> Report:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    @property
+    def loss(self) -> float:
+        """Mean over the last ``log_every`` steps, on this rank."""
+        return torch.stack(tuple(self.losses)).mean().item()
+
+    def step(self, done: int, loss: Tensor, tokens: int) -> None:
+        """``done`` steps are behind us; the last had ``loss`` and ``tokens`` tokens on this rank."""
+        self.losses.append(loss)
+        rate = (done - self.first) * tokens / (time.perf_counter() - self.start)
+        if not self.bar.disable:
+            self.bar.update(self.task, completed=done, loss=self.loss, rate=rate)
+        elif done % self.log_every == 0 or done == self.steps:
+            self.fabric.print(f"step {done:4d}/{self.steps}  loss {self.loss:.3f}  {rate:,.0f} tokens/s a rank")
+
+
+def main() -> None:
+    args = parse_args()
+    fabric = Fabric(
+        accelerator=args.accelerator, strategy=args.strategy, devices=args.devices, precision=args.precision
+    )
+    fabric.launch()
+    fabric.seed_everything(args.seed)
+
+    if args.resume:
+        config = GPTConfig(**json.loads((args.resume.parent / "model.json").read_text()))
+    else:
+        config = GPTConfig(dim=args.dim, layers=args.layers, heads=args.heads, context=args.context)
+
+    # A resumed model is loaded over anyway: nothing is drawn for it.
+    with fabric.init_module(empty_init=True if args.resume else None):
+        model = GPT(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    model, optimizer = fabric.setup(model, optimizer)
+
+    train_set, val_set = load_text(args.data, config.context)
+    train_loader, val_loader = fabric.setup_dataloaders(
+        DataLoader(train_set, batch_size=args.batch_size, shuffle=True, drop_last=True),
+        DataLoader(val_set, batch_size=args.batch_size),
+    )
+    fabric.print(f"{parameters:,} parameters; {len(train_set):,} windows to train on, {len(val_set):,} to validate on")
+
+    if min(len(train_loader), len(val_loader)) == 0:
+        raise SystemExit("--data must be long enough for one batch on every process, but is not. Lower --batch-size.")
+
+    state = {"model": model, "optimizer": optimizer, "step": 0}
+    if args.resume:
+        fabric.load(args.resume, state)
+    first = state["step"]
+    if first >= args.steps:
+        raise SystemExit(f"--steps must be more than the {first} of the checkpoint, but is {args.steps}.")
+
+    # A resumed run reads on where it stopped: in that pass over the data, after the batches it has seen.
+    epoch, seen = divmod(first * args.accumulate, len(train_loader))
+    train_loader.set_epoch(epoch)
+    batches = islice(forever(train_loader), seen, None)
+    tokens = args.accumulate * args.batch_size * config.context
+    model.train()
+    with Report(fabric, first, args.steps, args.log_every) as report:
+        for step in range(first, args.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+
+            total = torch.zeros((), device=fabric.device)
+            for forward in range(1, args.accumulate + 1):
+                inputs, targets = next(batches)
+                with fabric.no_backward_sync(model, enabled=forward < args.accumulate):
+                    loss = loss_of(model, inputs, targets) / args.accumulate
+                    fabric.backward(loss, model=model)
+                total += loss.detach()
+
+            fabric.clip_gradients(model, optimizer, max_norm=1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            report.step(step + 1, total, tokens)
+
+    train_loss = fabric.all_reduce(report.loss, reduce_op="mean")
+    val_loss = evaluate(fabric, model, val_loader)
+    fabric.print(f"train loss {train_loss:.4f}  validation loss {val_loss:.4f}")
+
+    state["step"] = args.steps
+    fabric.save(args.out / "checkpoint", state)
+    if fabric.is_global_zero:
+        (args.out / "model.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    fabric.print(f"saved {args.out / 'checkpoint'}")
+
+
+if __name__ == "__main__":
+    main()

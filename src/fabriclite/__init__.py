@@ -1,0 +1,45 @@
+"""fabriclite: one PyTorch training script, on one device or thousands."""
+
+from fabriclite.errors import (
+    CheckpointError,
+    ConfigError,
+    FabricError,
+    LaunchError,
+    MaterializeError,
+    NonFiniteGradientError,
+    SetupOrderError,
+    WorldError,
+)
+from fabriclite.fabric import Fabric
+from fabriclite.precision import Precision
+from fabriclite.strategies.configs import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
+from fabriclite.world import World
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DDPStrategy",
+    "DeepSpeedStrategy",
+    "Fabric",
+    "FSDPStrategy",
+    "FabricError",
+    "LaunchError",
+    "MaterializeError",
+    "ModelParallelStrategy",
+    "NonFiniteGradientError",
+    "Precision",
+    "SetupOrderError",
+    "SingleDeviceStrategy",
+    "World",
+    "seed_everything",
+]
+
+from fabriclite.seed import seed_everything

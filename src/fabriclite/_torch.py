@@ -1,0 +1,122 @@
+"""Every private torch API that fabriclite uses: what for, and what replaces it when it goes.
+
+Each was read in torch 2.11 and 2.13. Nothing else in the package touches an underscore of torch.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map as tree_map  # its public twin, torch.utils.pytree, came after 2.11
+from torch.amp.grad_scaler import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+
+def ddp_enter(ddp: DistributedDataParallel) -> Callable[[Any], Any]:
+    """Do what ``ddp(...)`` does before its module's forward; the result does what it does after.
+
+    ``DistributedDataParallel._pre_forward`` and ``_post_forward``; torch's own composable ``replicate`` uses both. The
+    public way would be to run every method through ``ddp.forward``, which also runs buffers' collectives for methods
+    that compute nothing.
+    """
+    ddp._pre_forward()
+    return ddp._post_forward  # type: ignore[no-any-return]
+
+
+def fsdp_enter(module: "FSDPModule") -> Callable[[Any], Any]:
+    """Gather the root group as its forward does; the result does what comes after a forward.
+
+    ``FSDPModule._get_fsdp_state()._pre_forward`` and ``_post_forward``. The public ``register_fsdp_forward_method``
+    wraps a whole method in the two, also one that builds an optimizer and must see sharded parameters.
+    """
+    state = module._get_fsdp_state()
+    state._pre_forward(module, (), {})
+    return lambda output: state._post_forward(module, (), output)
+
+
+def local_pieces_in_order(tensor: "DTensor") -> list[tuple[int, int]]:
+    """``[(mesh dim, tensor dim)]`` of the cuts that made ``tensor``'s local part, outermost cut first.
+
+    FSDP2 after tensor parallel on one tensor dim gives ``_StridedShard`` for the FSDP axis: that axis comes first in
+    the mesh but cuts last. Told by class name: the class moved between modules from 2.11 to 2.13.
+    """
+    plain, strided = [], []
+    for mesh_dim, placement in enumerate(tensor.placements):
+        if type(placement).__name__ == "_StridedShard":
+            strided.append((mesh_dim, placement.dim))  # type: ignore[attr-defined]
+        elif placement.is_shard():
+            plain.append((mesh_dim, placement.dim))  # type: ignore[attr-defined]
+    return plain + strided[::-1]
+
+
+class LocalGradScaler(GradScaler):
+    """A ``GradScaler`` that looks at the local part of sharded gradients and agrees with the other ranks.
+
+    Overrides ``GradScaler._unscale_grads_`` (stable since 1.10; torch's ``ShardedGradScaler`` overrides it too) because
+    torch's own mixes ``DTensor`` and plain gradients in one foreach call, which raises.
+
+    Args:
+        device: device type of the gradients.
+        enabled: off, every method passes through.
+        agree: makes a ``found_inf`` tensor of shape ``(1,)`` the maximum over all ranks, in place.
+        local: the local part of a gradient.
+    """
+
+    def __init__(
+        self, device: str, *, enabled: bool, agree: Callable[[Tensor], None], local: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__(device, enabled=enabled)
+        self._agree = agree
+        self._local = local
+
+    def _unscale_grads_(
+        self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        grads: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    grad = self._local(param.grad)
+                    grads.setdefault((grad.device, grad.dtype), []).append(grad)
+        found = found_inf.clone().reshape(1)
+        for (device, _), items in grads.items():
+            here = found.to(device)
+            torch._amp_foreach_non_finite_check_and_unscale_(items, here, inv_scale.to(device))
+            found = torch.maximum(found, here.to(found.device))
+        self._agree(found)
+        return {found.device: found}
+
+
+
+def foreach_norms(items: list[Tensor], norm_type: float, dtype: torch.dtype) -> list[Tensor]:
+    """One norm per tensor in few kernels. ``torch.nn.utils.get_total_norm`` uses the same, but keeps bfloat16."""
+    return list(torch._foreach_norm(items, norm_type, dtype=dtype))
+
+
+def foreach_mul_(items: list[Tensor], factor: Tensor) -> None:
+    """Scale every tensor in place in few kernels; so does ``torch.nn.utils.clip_grads_with_norm_``."""
+    torch._foreach_mul_(items, factor)
+
+
+def foreach_clamp_(items: list[Tensor], low: float, high: float) -> None:
+    """Clamp every tensor in place in few kernels; so does ``torch.nn.utils.clip_grad_value_``."""
+    torch._foreach_clamp_min_(items, low)
+    torch._foreach_clamp_max_(items, high)
+
+
+def compile_in_place(module: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile``'s wrapper, compiled in place with the same options; others as they are.
+
+    ``OptimizedModule._orig_mod`` and ``dynamo_ctx`` hold module and options; ``nn.Module._compiled_call_impl`` is where
+    the public ``nn.Module.compile`` puts its result. That method takes options, which the wrapper no longer tells.
+    """
+    inner, context = getattr(module, "_orig_mod", None), getattr(module, "dynamo_ctx", None)
+    if not isinstance(inner, nn.Module) or context is None:
+        return module
+    inner._compiled_call_impl = context(inner._call_impl)
+    return inner

@@ -1,0 +1,124 @@
+"""From what a user passes to ``Fabric`` to checked values. Reads the environment once, through ``World``."""
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fabriclite.devices import Machine, pick_accelerator, pick_devices, summary
+from fabriclite.errors import ConfigError, WorldError
+from fabriclite.precision import NAMES, Precision
+from fabriclite.strategy import StrategyConfig
+from fabriclite.world import World, described_by, from_env, local_size
+
+
+def as_list(value: Any) -> list[Any]:
+    """``None`` is no item, a list or tuple its items, anything else one item."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def one_precision(precision: object, plugins: Any) -> Precision:
+    """The precision that ``precision`` or a :class:`Precision` among ``plugins`` says.
+
+    Raises:
+        ConfigError: unknown name, unknown plugin, or both given.
+    """
+    values = as_list(plugins)
+    unknown = [p for p in values if not isinstance(p, Precision)]
+    if unknown:
+        raise ConfigError(
+            f"`plugins` must be None or a fabriclite.Precision, but holds {type(unknown[0]).__name__}."
+            " Strategies are passed as strategy=..., loggers as loggers=..."
+        )
+    if len(values) + (precision is not None) > 1:
+        raise ConfigError(
+            f"`precision` and `plugins` must not both name a precision, but are {precision!r} and {values!r}. Keep one."
+        )
+    return values[0] if values else Precision.parse(precision)
+
+
+def check_precision(precision: Precision, config: StrategyConfig) -> None:
+    """Raise unless the strategy can mean the precision.
+
+    Raises:
+        ConfigError: it cannot; lists those it can.
+    """
+    if precision.name not in config.precisions:
+        allowed = ", ".join(name for name in NAMES if name in config.precisions)
+        raise ConfigError(
+            f"`precision` must be one of {allowed} with {type(config).__name__}, but is {precision.name!r}."
+        )
+
+
+def check_loggers(loggers: list[Any]) -> list[Any]:
+    """Raise unless each has ``log_metrics``."""
+    for logger in loggers:
+        if not callable(getattr(logger, "log_metrics", None)):
+            raise ConfigError(
+                f"`loggers` must have a method log_metrics(metrics, step), but {type(logger).__name__} has none."
+            )
+    return loggers
+
+
+def this_world(accelerator: object, devices: object, num_nodes: object, env: Mapping[str, str]) -> World:
+    """This process's world: as a launcher described it in ``env``, else as rank 0 of the processes asked for.
+
+    Raises:
+        ConfigError: an argument has no meaning on this machine.
+        WorldError: the launcher's description is incomplete or contradicts the arguments.
+    """
+    if isinstance(num_nodes, bool) or not isinstance(num_nodes, int) or num_nodes < 1:
+        raise ConfigError(f"`num_nodes` must be a whole number of at least 1, but is {num_nodes!r}.")
+    machine = Machine.probe()
+    kind = pick_accelerator(accelerator, machine)
+    launched = described_by(env)
+    device_for = pick_devices(devices, kind, machine, local_size(env) if launched else None)
+    if not launched:
+        return World(size=len(device_for) * num_nodes, local_size=len(device_for), device=device_for[0])
+    if local_size(env) != len(device_for):
+        raise WorldError(
+            f"`devices` must be the number of processes that were launched on this machine ({local_size(env)}), but"
+            f" {devices!r} means {summary(device_for)}. Pass devices='auto', or launch that many."
+        )
+    world = from_env(env, device_for)
+    if world.size != len(device_for) * num_nodes:
+        raise WorldError(
+            f"`devices` x `num_nodes` must be the number of processes that were launched ({world.size}), but"
+            f" {len(device_for)} x {num_nodes} is {len(device_for) * num_nodes}. Pass num_nodes and devices as launched."
+        )
+    return world
+
+
+def is_launched() -> bool:
+    """Whether a launcher, or an earlier ``launch``, has described this process."""
+    return described_by(os.environ)
+
+
+def world_of_this_process(accelerator: object, devices: object, num_nodes: object) -> World:
+    """:func:`this_world` of the real environment."""
+    return this_world(accelerator, devices, num_nodes, os.environ)
+
+
+def runs_a_script() -> bool:
+    """Whether this process runs a file that can be run again (no notebook, no prompt, no ``python -c``)."""
+    return getattr(sys.modules["__main__"], "__file__", None) is not None and not hasattr(sys, "ps1")
+
+
+def check_function(function: object) -> None:
+    """Raise unless ``launch`` got nothing or something to call."""
+    if function is not None and not isinstance(function, Callable):  # type: ignore[arg-type]
+        raise ConfigError(f"`function` must be callable as function(fabric, ...), but is {function!r}.")
+
+
+def check_clipping(clip_val: object, max_norm: object) -> None:
+    """Raise unless exactly one of the two is given, as a positive number."""
+    if (clip_val is None) == (max_norm is None):
+        raise ConfigError(
+            "`clip_gradients` must get exactly one of `clip_val` and `max_norm`, but got"
+            f" clip_val={clip_val!r} and max_norm={max_norm!r}."
+        )
+    name, value = ("clip_val", clip_val) if max_norm is None else ("max_norm", max_norm)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ConfigError(f"`{name}` must be a number above 0, but is {value!r}.")

@@ -1,0 +1,48 @@
+"""The plan of a birth is a value; one context manager enters it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+
+class Birth(Enum):
+    """What happens to a tensor that a module's ``__init__`` creates."""
+
+    INITIALISED = "initialised"
+    """Real memory, values from the module's own code. ``setup`` keeps this rank's cut."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InitPlan:
+    """What ``init_module`` will do, before it does it.
+
+    Attributes:
+        birth: how tensors come to be.
+        device: where they come to be.
+        dtype: the default floating-point dtype while they do.
+    """
+
+    birth: Birth
+    device: torch.device
+    dtype: torch.dtype
+
+
+@contextmanager
+def enter(plan: InitPlan) -> Iterator[None]:
+    """Enter ``plan``. Nothing happens before ``with``; everything is undone after it, also on an error."""
+    with default_dtype(plan.dtype), plan.device:
+        yield
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make ``dtype`` the dtype of floating-point tensors that are created without one."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)

@@ -1,0 +1,102 @@
+"""Who was set up: modules, their optimizers, and which parameters replaced which."""
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from torch.optim import Optimizer
+
+from fabriclite import optim
+from fabriclite.errors import ConfigError, SetupOrderError
+from fabriclite.module import FabricModule, unwrap
+from fabriclite.strategy import Strategy
+
+
+class Books:
+    """The modules and optimizers of one ``Fabric``. Holds none of them alive."""
+
+    def __init__(self) -> None:
+        # A pane holds its module: held here by a strong reference it would keep both alive.
+        self._panes: WeakKeyDictionary[nn.Module, weakref.ref[FabricModule]] = WeakKeyDictionary()
+        self._bindings: WeakKeyDictionary[nn.Module, Mapping[int, optim.Binding]] = WeakKeyDictionary()
+        self._owners: WeakKeyDictionary[Optimizer, nn.Module] = WeakKeyDictionary()
+
+    # -- checks ------------------------------------------------------------------
+    def check_module(self, module: Any) -> None:
+        """Raise unless ``module`` is one, and new."""
+        if not isinstance(module, nn.Module):
+            raise ConfigError(f"`module` must be a torch.nn.Module, but is {type(module).__name__}.")
+        if self.knows_module(module):
+            name = type(unwrap(module)).__name__
+            raise SetupOrderError(f"A module must be set up once, but this {name} was already. Use what setup returned.")
+
+    def check_optimizer(self, optimizer: Any, module: nn.Module | None = None) -> None:
+        """Raise unless ``optimizer`` is one, new, and steps only parameters of ``module`` or of modules set up."""
+        if self.knows_optimizer(optimizer):
+            name = type(optimizer).__name__
+            raise SetupOrderError(f"An optimizer must be set up once, but this {name} was already. Use it as it is.")
+        optim.check_fresh(optimizer)
+        for known, bindings in self._bindings.items():
+            optim.rewire(optimizer, bindings, known)
+        optim.check_steps(optimizer, [*self._panes, *([] if module is None else [module])])
+
+    # -- entries -----------------------------------------------------------------
+    def enter_module(self, pane: FabricModule, bindings: Mapping[int, optim.Binding]) -> None:
+        module = unwrap(pane)
+        self._panes[module] = weakref.ref(pane)
+        self._bindings[module] = bindings
+
+    def enter_optimizer(self, optimizer: Optimizer, strategy: Strategy) -> None:
+        """Note whose optimizer it is, make it step current parameters, and scale its steps if the precision needs it."""
+        for module, bindings in self._bindings.items():
+            optim.rewire(optimizer, bindings, module)
+        self._owners[optimizer] = self._owner(optimizer)
+        optim.scale_steps(optimizer, strategy.scaler)
+
+    def _owner(self, optimizer: Optimizer) -> nn.Module:
+        first = optim.params_of(optimizer)[0]
+        return next(module for module in self._panes if any(first is p for p in module.parameters()))
+
+    # -- questions ---------------------------------------------------------------
+    def knows_module(self, module: Any) -> bool:
+        return isinstance(module, nn.Module) and unwrap(module) in self._panes
+
+    def knows_optimizer(self, optimizer: Any) -> bool:
+        return isinstance(optimizer, Optimizer) and optimizer in self._owners
+
+    def engine(self, module: Any) -> nn.Module:
+        """The engine of a module that was set up.
+
+        Raises:
+            SetupOrderError: it was not.
+        """
+        if not self.knows_module(module):
+            raise SetupOrderError(
+                f"`module` must be one that fabric.setup returned, but is a {type(module).__name__} that was not set up."
+                " Write model = fabric.setup(model) first."
+            )
+        return self._engine_behind(unwrap(module))
+
+    def engine_of(self, optimizer: Any) -> nn.Module:
+        """The engine whose parameters ``optimizer`` steps.
+
+        Raises:
+            SetupOrderError: it was not set up.
+        """
+        if not self.knows_optimizer(optimizer):
+            raise SetupOrderError(
+                f"`optimizer` must be one that was set up, but is a {type(optimizer).__name__} that was not."
+                " Pass it to fabric.setup or fabric.setup_optimizers first."
+            )
+        return self._engine_behind(self._owners[optimizer])
+
+    def _engine_behind(self, module: nn.Module) -> nn.Module:
+        pane = self._panes[module]()
+        if pane is None:
+            raise SetupOrderError(
+                f"What fabric.setup returned for this {type(module).__name__} must be kept, but is gone."
+                " Write model = fabric.setup(model)."
+            )
+        return pane._fl_engine

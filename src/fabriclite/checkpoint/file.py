@@ -1,0 +1,72 @@
+"""A checkpoint in one file: full tensors, written by rank 0, read by every rank through a memory map."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fabriclite import optim_state, shards
+from fabriclite.checkpoint.agree import on_rank_zero
+from fabriclite.checkpoint.parts import OptimizerPart, Part
+from fabriclite.errors import CheckpointError
+from fabriclite.world import World
+
+
+def save(world: World, path: Path, parts: Mapping[str, Part], filters: Mapping[str, Any], extra: Any) -> None:
+    """Gather every part, one tensor at a time, and write one file beside ``path``, then rename it there."""
+    content: dict[str, Any] = {}
+    for key, part in parts.items():
+        state = part.state()
+        if isinstance(part, OptimizerPart):
+            content[key] = optim_state.full_state(state)
+        else:
+            content[key] = _full_tree(state, filters.get(key), keep=world.is_global_zero)
+    content.update(extra)
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.writing")
+        try:
+            torch.save(content, beside)
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    on_rank_zero(world, write, f"write the checkpoint {path}")
+
+
+def _full_tree(state: Any, keep_item: Any, keep: bool) -> Any:
+    if not isinstance(state, Mapping):
+        return _full_leaf(state, keep)
+    out: dict[Any, Any] = {}
+    for key, value in state.items():
+        if keep_item is not None and not keep_item(key, value):
+            continue
+        out[key] = _full_tree(value, None, keep) if isinstance(value, Mapping) else _full_leaf(value, keep)
+    return out
+
+
+def _full_leaf(value: Any, keep: bool) -> Any:
+    whole = shards.full(value)  # every rank takes part, rank 0 keeps
+    if isinstance(whole, Tensor):
+        return whole.detach().cpu() if keep else None
+    return whole
+
+
+def read(path: Path, weights_only: bool) -> dict[str, Any]:
+    """The content of a checkpoint file. Tensors stay on disk until they are used.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds objects that only code could restore.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+    except Exception as error:
+        hint = " Pass weights_only=False if you trust its author." if "weights_only" in str(error).lower() else ""
+        raise CheckpointError(f"{path} must be a readable checkpoint file, but: {error}.{hint}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a dictionary, but holds {type(content).__name__}.")
+    return content

@@ -1,0 +1,147 @@
+"""A checkpoint in a folder: every rank writes its shards (torch.distributed.checkpoint), rank 0 all the rest."""
+
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from fabriclite.checkpoint.agree import on_all, on_rank_zero
+from fabriclite.checkpoint.parts import ModulePart, OptimizerPart, Part, rest_of, tensors_of
+from fabriclite.errors import CheckpointError
+from fabriclite.world import World
+
+META: Final = "meta.pt"
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether ``path`` is such a folder."""
+    return path.is_dir() and (path / META).is_file() and (path / ".metadata").is_file()
+
+
+def save(world: World, path: Path, parts: Mapping[str, Part], filters: Mapping[str, Any], extra: Any) -> None:
+    """Write a folder beside ``path``, then rename it there. Every rank must call this."""
+    beside = path.with_name(f".{path.name}.writing")
+
+    def prepare() -> None:
+        if path.is_file():
+            raise FileExistsError(f"{path} is a file; shards need a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+
+    on_rank_zero(world, prepare, f"make the folder {path}")
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = dict(extra)
+    for key, part in parts.items():
+        state = part.state()
+        if isinstance(part, ModulePart | OptimizerPart):
+            keep = filters.get(key)
+            chosen = state if keep is None else {k: v for k, v in state.items() if keep(k, v)}
+            tensors.update(tensors_of(chosen, key))
+            rest[key] = rest_of(chosen)
+        else:
+            rest[key] = state
+    on_all(world, lambda: _write_shards(tensors, beside), f"write the checkpoint {path}")
+
+    def publish() -> None:
+        torch.save(rest, beside / META)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(beside, path)
+
+    on_rank_zero(world, publish, f"write the checkpoint {path}")
+
+
+def _write_shards(tensors: dict[str, Tensor], path: Path) -> None:
+    dcp.save(dict(tensors), checkpoint_id=path, no_dist=not dist.is_initialized())
+
+
+def read_rest(path: Path, weights_only: bool) -> dict[str, Any]:
+    """What is no shard: plain values, and of modules and optimizers all but their tensors."""
+    rest = torch.load(path / META, map_location="cpu", weights_only=weights_only)
+    assert isinstance(rest, dict)  # written by save above
+    return rest
+
+
+def shapes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Name, global shape and dtype of every tensor in the folder."""
+    metadata = dcp.FileSystemReader(path).read_metadata()
+    return {
+        name: (item.size, item.properties.dtype)
+        for name, item in metadata.state_dict_metadata.items()
+        if isinstance(item, TensorStorageMetadata)
+    }
+
+
+def load_part(path: Path, key: str, part: ModulePart | OptimizerPart, rest: Any, strict: bool) -> None:
+    """Read this rank's share of one part and put it back. Every rank must call this."""
+    stored = {n.removeprefix(f"{key}."): v for n, v in shapes(path).items() if n.startswith(f"{key}.")}
+    if isinstance(part, ModulePart):
+        target = _module_target(part, stored)
+        _read(path, key, target)
+        part.load({**rest, **target, **_absent(stored, target)}, strict)
+        return
+    target = _optimizer_target(part, stored)
+    _read(path, key, target)
+    part.load(_nested(target, rest), strict)
+
+
+def _module_target(part: ModulePart, stored: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
+    """Buffers of the module's layout to read into; only names and shapes that fit: ``load`` reports the others."""
+    return {
+        name: torch.empty_like(tensor, requires_grad=False)
+        for name, tensor in part.state().items()
+        if isinstance(tensor, Tensor) and name in stored and stored[name][0] == tensor.shape
+    }
+
+
+def _absent(
+    stored: Mapping[str, tuple[torch.Size, torch.dtype]], target: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Stand-ins without memory for what was not read, so that the check for keys and shapes sees it."""
+    return {n: torch.empty(s, dtype=d, device="meta") for n, (s, d) in stored.items() if n not in target}
+
+
+def _optimizer_target(
+    part: OptimizerPart, stored: Mapping[str, tuple[torch.Size, torch.dtype]]
+) -> dict[str, Tensor]:
+    layout = part.layout()
+    target: dict[str, Tensor] = {}
+    for name, (shape, dtype) in stored.items():
+        param, _, _ = name.removeprefix("state.").rpartition(".")
+        like = layout.get(param)
+        if like is not None and like.shape == shape:
+            target[name] = torch.zeros_like(like, dtype=dtype, requires_grad=False)
+        else:
+            target[name] = torch.zeros(shape, dtype=dtype)
+    return target
+
+
+def _read(path: Path, key: str, target: Mapping[str, Tensor]) -> None:
+    if not target:
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # reading alone is meant
+        try:
+            dcp.load(
+                {f"{key}.{n}": t for n, t in target.items()}, checkpoint_id=path, no_dist=not dist.is_initialized()
+            )
+        except dcp.api.CheckpointException as error:  # a BaseException: it would pass every `except Exception`
+            raise CheckpointError(f"{path} must be readable, but: {error}") from error
+
+
+def _nested(flat: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"state.w.exp_avg": t}`` and the rest, back to an optimizer's ``{"state": {"w": {"exp_avg": t, ...}}}``."""
+    state = {name: dict(values) for name, values in rest["state"].items()}
+    for name, tensor in flat.items():
+        param, _, key = name.removeprefix("state.").rpartition(".")
+        state.setdefault(param, {})[key] = tensor
+    return {"state": state, "param_groups": rest["param_groups"]}

@@ -1,0 +1,102 @@
+"""Saving and loading as ``Fabric`` offers it: either form, any strategy."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from fabriclite import seed
+from fabriclite.checkpoint import file, folder
+from fabriclite.checkpoint.agree import on_all
+from fabriclite.checkpoint.parts import ModulePart, OptimizerPart, Part
+from fabriclite.collectives import gather_objects
+from fabriclite.errors import CheckpointError, ConfigError
+from fabriclite.strategy import Strategy
+
+EXTRA: Final = "fabriclite"
+"""The entry that holds what belongs to the run: loss scale, random states."""
+_VERSION: Final = 1
+
+
+def save(
+    strategy: Strategy, path: str | Path, parts: Mapping[str, Part], filters: Mapping[str, Any] | None
+) -> None:
+    """Write a checkpoint: a folder of shards if the strategy shards, else one file. Every rank must call this.
+
+    Raises:
+        ConfigError: a filter names nothing that is saved.
+        CheckpointError: it cannot be written; raised on every rank.
+    """
+    filters = dict(filters or {})
+    unknown = [key for key in filters if key not in parts]
+    if unknown or any(not callable(f) for f in filters.values()):
+        raise ConfigError(
+            f"`filter` must map keys of the state ({', '.join(parts)}) to functions (name, value) -> bool, but is"
+            f" {filters!r}."
+        )
+    if EXTRA in parts:
+        raise ConfigError(f"`state` must not have the key {EXTRA!r}, which is fabriclite's own. Rename it.")
+    states = gather_objects(strategy.world, seed.rng_state())
+    extra = {EXTRA: {"version": _VERSION, "scaler": strategy.scaler.state_dict(), "rng": states}}
+    write = folder.save if strategy.sharded_checkpoint else file.save
+    write(strategy.world, Path(path), parts, filters, extra)
+
+
+def load(
+    strategy: Strategy, path: str | Path, parts: Mapping[str, Part] | None, strict: bool, weights_only: bool
+) -> dict[str, Any]:
+    """Read a checkpoint of either form into ``parts``. Every rank must call this.
+
+    With an optimizer among the parts, the run goes on: loss scale and random states are put back too.
+
+    Returns:
+        What the checkpoint holds beyond ``parts``.
+
+    Raises:
+        CheckpointError: it cannot be read, or does not fit; raised on every rank.
+    """
+    path = Path(path)
+    remainder: dict[str, Any] = {}
+
+    def act() -> None:
+        if not path.exists():
+            raise CheckpointError(f"{path} must be a checkpoint, but does not exist.")
+        if path.is_dir() and not folder.is_checkpoint(path):
+            raise CheckpointError(f"{path} must be a checkpoint folder, but lacks {folder.META} or .metadata.")
+
+    on_all(strategy.world, act, f"find {path}")
+    content = folder.read_rest(path, weights_only) if path.is_dir() else file.read(path, weights_only)
+    if parts is None:
+        return content
+    missing = [key for key in parts if key not in content]
+    if missing and strict:
+        raise CheckpointError(
+            f"{path} must hold {', '.join(parts)}, but lacks {', '.join(missing)}. It holds:"
+            f" {', '.join(k for k in content if k != EXTRA)}. Pass strict=False to load what is there."
+        )
+    for key, part in parts.items():
+        if key in missing:
+            continue
+        if path.is_dir() and isinstance(part, ModulePart | OptimizerPart):
+            folder.load_part(path, key, part, content[key], strict)
+        else:
+            part.load(content[key], strict)
+    if any(isinstance(part, OptimizerPart) for part in parts.values()):
+        _resume(strategy, content.get(EXTRA, {}))
+    remainder.update({k: v for k, v in content.items() if k not in parts and k != EXTRA})
+    return remainder
+
+
+def _resume(strategy: Strategy, extra: Mapping[str, Any]) -> None:
+    if extra.get("scaler"):
+        strategy.scaler.load_state_dict(extra["scaler"])
+    states = extra.get("rng", [])
+    if len(states) == strategy.world.size:  # another number of ranks has no streams to go on with
+        seed.set_rng_state(states[strategy.world.rank])
+
+
+def load_raw(path: str | Path, part: Part, strict: bool, weights_only: bool) -> None:
+    """Load a file that holds nothing but a state dict (``torch.save(model.state_dict(), path)``)."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} must be a file with a state dict, but {'is a folder' if path.is_dir() else 'does not exist'}.")
+    part.load(file.read(path, weights_only), strict)

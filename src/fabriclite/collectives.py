@@ -1,0 +1,149 @@
+"""Collective operations as free functions of a ``World`` and a value. Every rank must call each of them.
+
+A world of one needs no process group: each function then returns its input (``all_gather`` with the leading world
+dimension it always adds).
+"""
+
+from typing import Any, Final, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fabriclite._torch import tree_map
+from fabriclite.errors import ConfigError
+from fabriclite.world import World
+
+T = TypeVar("T")
+
+_OPS: Final = {
+    "sum": dist.ReduceOp.SUM,
+    "mean": dist.ReduceOp.SUM,  # divided here: integers and gloo have no AVG
+    "avg": dist.ReduceOp.SUM,
+    "max": dist.ReduceOp.MAX,
+    "min": dist.ReduceOp.MIN,
+    "product": dist.ReduceOp.PRODUCT,
+}
+
+
+def barrier(world: World) -> None:
+    """Wait until every rank has come here."""
+    if world.size > 1:
+        if world.device.type == "cuda":
+            dist.barrier(device_ids=[world.device.index])
+        else:
+            dist.barrier()
+
+
+def broadcast(world: World, obj: T, src: int = 0) -> T:
+    """Every rank gets ``obj`` of rank ``src``: a tensor, or anything that can be pickled.
+
+    Raises:
+        ConfigError: ``src`` is no rank of the world.
+    """
+    if not 0 <= src < world.size:
+        raise ConfigError(f"`src` must be a rank in [0, {world.size}), but is {src}.")
+    if world.size == 1:
+        return obj
+    box = [obj]
+    dist.broadcast_object_list(box, src=src, device=torch.device("cpu"))
+    return box[0]
+
+
+def broadcast_tensor_(world: World, tensor: Tensor, src: int = 0) -> Tensor:
+    """Overwrite ``tensor`` (any shape and dtype, contiguous or not) with the one of rank ``src``."""
+    if world.size > 1:
+        home = tensor.to(world.device).contiguous()
+        dist.broadcast(home, src=src)
+        if home is not tensor:
+            tensor.copy_(home)
+    return tensor
+
+
+def all_reduce(world: World, data: T, reduce_op: str = "mean", group: Any = None) -> T:
+    """Reduce every tensor or number in ``data`` over the ranks.
+
+    Args:
+        world: the processes.
+        data: a tensor, a number, or a tree (dict, list, tuple) of them. Numbers become tensors: integers 64-bit, floats
+            float64, so that nothing overflows or is rounded. The inputs stay as they are.
+        reduce_op: ``"mean"``, ``"sum"``, ``"max"``, ``"min"`` or ``"product"``.
+        group: a process group; the default is all ranks.
+
+    Raises:
+        ConfigError: ``reduce_op`` is unknown.
+    """
+    name = str(reduce_op).lower().rpartition(".")[2]  # also "RedOpType.SUM" and "ReduceOp.SUM"
+    if name not in _OPS:
+        raise ConfigError(f"`reduce_op` must be one of {', '.join(_OPS)}, but is {reduce_op!r}.")
+    return tree_map(lambda leaf: _reduce_leaf(world, leaf, name, group), data)  # type: ignore[no-any-return]
+
+
+def _reduce_leaf(world: World, leaf: Any, name: str, group: Any) -> Any:
+    tensor = _tensor(leaf, world)
+    if tensor is None:
+        return leaf
+    size = 1 if world.size == 1 else dist.get_world_size(group)
+    reduced = tensor.detach().clone()
+    if size > 1:
+        home = reduced.to(world.device)
+        dist.all_reduce(home, op=_OPS[name], group=group)
+        reduced = home.to(tensor.device)
+    if name in ("mean", "avg"):
+        if reduced.is_floating_point() or reduced.is_complex():
+            return reduced / size if size > 1 else reduced
+        return reduced.to(torch.float64) / size
+    return reduced
+
+
+def all_gather(world: World, data: T, sync_grads: bool = False, group: Any = None) -> T:
+    """Stack every tensor or number in ``data`` over the ranks.
+
+    Args:
+        world: the processes.
+        data: a tensor of shape ``S`` (the same on every rank), a number, or a tree of them.
+        sync_grads: let gradients flow back to the rank each slice came from (summed over ranks).
+        group: a process group; the default is all ranks.
+
+    Returns:
+        The same tree with tensors of shape ``(world size, *S)``, also in a world of one.
+    """
+    return tree_map(lambda leaf: _gather_leaf(world, leaf, sync_grads, group), data)  # type: ignore[no-any-return]
+
+
+def _gather_leaf(world: World, leaf: Any, sync_grads: bool, group: Any) -> Any:
+    tensor = _tensor(leaf, world)
+    if tensor is None:
+        return leaf
+    if world.size == 1:
+        return (tensor if sync_grads else tensor.detach()).unsqueeze(0)
+    home = tensor.to(world.device).contiguous()
+    if sync_grads:
+        from torch.distributed.nn.functional import all_gather as gather_with_grad  # only for those who need it
+
+        pieces = gather_with_grad(home, group=group) if group is not None else gather_with_grad(home)
+        return torch.stack(list(pieces))
+    slices = [torch.empty_like(home) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(slices, home.detach(), group=group)
+    return torch.stack(slices)
+
+
+def gather_objects(world: World, obj: T) -> list[T]:
+    """``obj`` of every rank, in rank order, on every rank. Anything that can be pickled."""
+    if world.size == 1:
+        return [obj]
+    box: list[Any] = [None] * world.size
+    dist.all_gather_object(box, obj)
+    return box
+
+
+def _tensor(leaf: Any, world: World) -> Tensor | None:
+    if isinstance(leaf, Tensor):
+        return leaf
+    if isinstance(leaf, bool | int):
+        return torch.tensor(leaf, dtype=torch.int64, device=world.device)
+    if isinstance(leaf, float):
+        dtype = torch.float32 if world.device.type == "mps" else torch.float64
+        return torch.tensor(leaf, dtype=dtype, device=world.device)
+    return None
+

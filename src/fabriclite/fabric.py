@@ -1,0 +1,541 @@
+"""The front door. Checks the order of calls, then delegates. It names no strategy and no collective of torch."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from fabriclite import _torch, arguments, collectives, optim, seed
+from fabriclite import data as loaders
+from fabriclite.birth.plan import enter
+from fabriclite.books import Books
+from fabriclite.errors import ConfigError, SetupOrderError
+from fabriclite.launch import process_group, workers
+from fabriclite.launch.choose import Situation, choose
+from fabriclite.module import FabricModule
+from fabriclite.precision import Precision, PrecisionInput
+from fabriclite.registry import resolve
+from fabriclite.strategy import Strategy, StrategyConfig
+from fabriclite.world import World
+
+if TYPE_CHECKING:
+    from fabriclite.checkpoint.parts import Part
+
+T = TypeVar("T")
+
+
+class Fabric:
+    """Runs one plain PyTorch script on one device or many.
+
+    Args:
+        accelerator: ``"auto"``, ``"cpu"``, ``"cuda"`` (or ``"gpu"``) or ``"mps"``.
+        strategy: ``"auto"``, a name (``"single_device"``, ``"ddp"``, ``"fsdp"``, ``"tensor_parallel"``,
+            ``"deepspeed"``) or a config such as ``FSDPStrategy(cpu_offload=True)``.
+        devices: ``"auto"``, how many on each machine, ``-1`` for all, or which (``[0, 3]``).
+        num_nodes: number of machines.
+        precision: ``"32-true"`` (also ``None``), ``"bf16-true"``, ``"16-true"``, ``"bf16-mixed"``, ``"16-mixed"``,
+            ``"64-true"``.
+        plugins: ``None``, or a :class:`~fabriclite.Precision` instead of ``precision``.
+        callbacks: objects whose methods :meth:`call` runs.
+        loggers: objects with ``log_metrics(metrics, step)``.
+
+    Raises:
+        ConfigError: an argument has no meaning, or two contradict each other.
+        WorldError: the environment is incomplete, or does not fit ``devices`` and ``num_nodes``.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: str = "auto",
+        strategy: str | StrategyConfig = "auto",
+        devices: int | str | Sequence[int] = "auto",
+        num_nodes: int = 1,
+        precision: PrecisionInput | None = None,
+        plugins: Any = None,
+        callbacks: Any = None,
+        loggers: Any = None,
+    ) -> None:
+        self._arguments = dict(
+            accelerator=accelerator,
+            strategy=strategy,
+            devices=devices,
+            num_nodes=num_nodes,
+            precision=precision,
+            plugins=plugins,
+            callbacks=callbacks,
+            loggers=loggers,
+        )
+        arguments.check_loggers(arguments.as_list(loggers))
+        self._callbacks = arguments.as_list(callbacks)
+        self._loggers = arguments.as_list(loggers)
+        self._precision = arguments.one_precision(precision, plugins)
+        self._world = arguments.world_of_this_process(accelerator, devices, num_nodes)
+        self._config = resolve(strategy, self._world.size)
+        self._config.check_world(self._world.size)
+        arguments.check_precision(self._precision, self._config)
+        self._num_nodes = num_nodes
+        self._books = Books()
+        # None: other processes are still to be started by `launch`.
+        self._strategy: Strategy | None = None
+        if arguments.is_launched() or self._world.size == 1:
+            self._strategy = self._start()
+
+    # -- who am I --------------------------------------------------------------
+    @property
+    def strategy(self) -> StrategyConfig:
+        """The strategy as its config, such as ``FSDPStrategy(...)``."""
+        return self._config
+
+    @property
+    def precision(self) -> Precision:
+        return self._precision
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self._world.device
+
+    @property
+    def global_rank(self) -> int:
+        """Index of this process among all."""
+        return self._world.rank
+
+    @property
+    def local_rank(self) -> int:
+        """Index of this process on its machine."""
+        return self._world.local_rank
+
+    @property
+    def node_rank(self) -> int:
+        """Index of this machine."""
+        return self._world.node_rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self._world.size
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is the first process of all."""
+        return self._world.rank == 0
+
+    @property
+    def loggers(self) -> list[Any]:
+        return self._loggers
+
+    @property
+    def logger(self) -> Any:
+        """The first logger.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if not self._loggers:
+            raise ConfigError("`loggers` must hold a logger to ask for one, but is empty. Pass Fabric(loggers=...).")
+        return self._loggers[0]
+
+    # -- launching -------------------------------------------------------------
+    def launch(self, function: Callable[..., T] | None = None, *args: Any, **kwargs: Any) -> T | None:
+        """Start the other processes if no launcher did; then run ``function(fabric, *args, **kwargs)`` in each.
+
+        Under torchrun, or with one device, nothing is started. Otherwise this script is run again for the other ranks,
+        or, where there is no script (a notebook), ``function`` runs in forked processes. ``start_method`` of the
+        strategy says so explicitly.
+
+        Returns:
+            What ``function`` returned: on every rank, or rank 0's where it ran in new processes.
+
+        Raises:
+            ConfigError: the start method needs a script, or a function, and there is none.
+            LaunchError: a new process failed.
+        """
+        arguments.check_function(function)
+        situation = Situation(
+            launched=self._strategy is not None,
+            processes=self._world.local_size,
+            nodes=self._num_nodes,
+            script=arguments.runs_a_script(),
+            function=function is not None,
+        )
+        way = choose(situation, self._config.start_method)
+        if way == "rerun":
+            workers.rerun_script(self._world.size)
+            self._strategy = self._start()
+        elif way != "nothing":
+            assert function is not None  # `choose` raised otherwise
+            work = (self._arguments, function, args, kwargs)
+            return workers.run_function(_run_in_worker, work, {}, self._world.size, way)  # type: ignore[no-any-return]
+        return None if function is None else function(self, *args, **kwargs)
+
+    def _start(self) -> Strategy:
+        if self._config.distributed:
+            process_group.join(
+                self._world,
+                self._config.process_group_backend,
+                self._config.timeout,
+            )
+        return self._config.build(world=self._world, precision=self._precision)
+
+    @property
+    def _running(self) -> Strategy:
+        if self._strategy is None:
+            raise SetupOrderError(
+                f"`launch` must be called before the {self._world.size} processes can work together, but was not."
+                " Call fabric.launch() right after Fabric(...), or start the script with torchrun."
+            )
+        return self._strategy
+
+    # -- birth -----------------------------------------------------------------
+    @contextmanager
+    def init_module(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Create modules in the run's precision, where the strategy wants them.
+
+        Args:
+            empty_init: ``None`` as cheaply as the strategy can; ``False`` real tensors at once; ``True`` for a model
+                that will be loaded. In every case a tensor that is not loaded has the values its own code gives.
+
+        Raises:
+            ConfigError: ``empty_init`` is none of the three.
+        """
+        if empty_init not in (None, False, True):
+            raise ConfigError(f"`empty_init` must be None, False or True, but is {empty_init!r}.")
+        with enter(self._running.plan_init(empty_init)):
+            yield
+
+    def init_tensor(self) -> AbstractContextManager[None]:
+        """Create tensors on this process's device, in the run's precision."""
+        return self.init_module(empty_init=False)
+
+    # -- settling --------------------------------------------------------------
+    def setup(
+        self, module: nn.Module, *optimizers: Optimizer, scheduler: Any = None, move_to_device: bool = True
+    ) -> Any:
+        """Spread a module, and optimizers made for it, over the processes. Every rank must call this.
+
+        Args:
+            module: the model; it is changed in place.
+            optimizers: made from ``module.parameters()`` before; they step what replaced those.
+            scheduler: a learning-rate scheduler of one of the optimizers; comes back as the last item.
+            move_to_device: put the module on this process's device.
+
+        Returns:
+            The module alone, or ``(module, *optimizers)``, with ``scheduler`` last if one was given.
+
+        Raises:
+            SetupOrderError: ``launch`` is missing, something was set up already, or an optimizer holds state.
+            ConfigError: an argument is of the wrong kind, or an optimizer steps other parameters.
+            MaterializeError: a parameter has no value.
+        """
+        strategy = self._running
+        self._books.check_module(module)
+        for optimizer in optimizers:
+            self._books.check_optimizer(optimizer, module)
+        if strategy.joint_setup and not optimizers and any(p.requires_grad for p in module.parameters()):
+            raise SetupOrderError(
+                f"With {type(self._config).__name__} module and optimizer must be set up together, but `setup` got no"
+                " optimizer. Write model, optimizer = fabric.setup(model, optimizer)."
+            )
+        if scheduler is not None and not any(scheduler.optimizer is o for o in optimizers):
+            raise ConfigError("`scheduler` must be of an optimizer that is set up in the same call, but is of another.")
+        module = _torch.compile_in_place(module)
+        bindings = optim.bind(module)
+        engine, stepping = strategy.setup(module, optimizers, move_to_device)
+        pane = FabricModule(engine, strategy)
+        self._books.enter_module(pane, bindings)
+        for before, after in zip(optimizers, stepping, strict=True):
+            self._books.enter_optimizer(after, strategy)
+            if scheduler is not None and scheduler.optimizer is before:
+                scheduler.optimizer = after
+        result = [pane, *stepping] if scheduler is None else [pane, *stepping, scheduler]
+        return tuple(result) if len(result) > 1 else pane
+
+    def setup_module(self, module: nn.Module, move_to_device: bool = True) -> Any:
+        """Spread a module over the processes; make its optimizers after, and pass them to :meth:`setup_optimizers`."""
+        return self.setup(module, move_to_device=move_to_device)
+
+    def setup_optimizers(self, *optimizers: Optimizer) -> Any:
+        """Make optimizers of modules that were set up before ready to step. Every rank must call this.
+
+        Returns:
+            The optimizer, or a tuple of them.
+
+        Raises:
+            SetupOrderError: the strategy sets up module and optimizer together, or one holds state.
+            ConfigError: one steps parameters of no module that was set up.
+        """
+        strategy = self._running
+        if strategy.joint_setup:
+            raise SetupOrderError(
+                f"With {type(self._config).__name__} module and optimizer must be set up together, but `setup_optimizers`"
+                " was called. Write model, optimizer = fabric.setup(model, optimizer)."
+            )
+        if not optimizers:
+            raise ConfigError("`setup_optimizers` must get at least one optimizer, but got none.")
+        for optimizer in optimizers:
+            self._books.check_optimizer(optimizer)
+            self._books.enter_optimizer(optimizer, strategy)
+        return optimizers if len(optimizers) > 1 else optimizers[0]
+
+    def setup_dataloaders(
+        self,
+        *dataloaders: DataLoader[Any],
+        use_distributed_sampler: bool = True,
+        move_to_device: bool = True,
+    ) -> Any:
+        """Let each data-parallel rank read its part of the data, on its device. Every rank must call this.
+
+        Args:
+            dataloaders: loaders; a sampler of yours is kept, and split.
+            use_distributed_sampler: ``False`` leaves the reading to you.
+            move_to_device: move batches to this process's device.
+
+        Returns:
+            The loader, or a list of them. ``loader.set_epoch(e)`` says which pass comes next.
+
+        Raises:
+            ConfigError: an argument is no ``DataLoader``, or its sampler cannot be split.
+        """
+        replicas, index = self._running.sampler_shard()
+        if not dataloaders:
+            raise ConfigError("`setup_dataloaders` must get at least one DataLoader, but got none.")
+        ready: list[Any] = []
+        for loader in dataloaders:
+            if not isinstance(loader, DataLoader):
+                raise ConfigError(f"`dataloaders` must be DataLoader objects, but one is {type(loader).__name__}.")
+            if type(loader) is loaders.FabricDataLoader:
+                raise SetupOrderError("A data loader must be set up once, but this one was already.")
+            if use_distributed_sampler:
+                generator = getattr(loader.sampler, "generator", None) or loader.generator
+                own = torch.initial_seed() if generator is None else generator.initial_seed()
+                loader = loaders.shard(loader, replicas, index, collectives.broadcast(self._world, own) % 2**32)
+            init = seed.worker_init(self._world.rank)
+            if init is not None and loader.num_workers > 0 and loader.worker_init_fn is None:
+                loader.worker_init_fn = init
+            ready.append(loaders.FabricDataLoader(loader, self.device if move_to_device else None))
+        return ready if len(ready) > 1 else ready[0]
+
+    # -- training --------------------------------------------------------------
+    def backward(self, tensor: Tensor, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        """Differentiate ``tensor``: ``tensor.backward(*args, **kwargs)`` as precision and strategy need it.
+
+        Args:
+            tensor: usually a loss of shape ``()``.
+            args: for ``Tensor.backward``.
+            model: the module it came from, where the strategy cannot tell (several under DeepSpeed).
+            kwargs: for ``Tensor.backward``.
+        """
+        self._running.backward(None if model is None else self._books.engine(model), tensor, *args, **kwargs)
+
+    def clip_gradients(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        clip_val: float | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor | None:
+        """Clip the gradients that ``optimizer`` steps, by value or by norm. Every rank must call this.
+
+        Args:
+            module: the module, as set up.
+            optimizer: its optimizer, as set up.
+            clip_val: clamp each element to ``[-clip_val, clip_val]``.
+            max_norm: scale all together to a norm of at most this.
+            norm_type: ``p`` of the norm, or ``inf``.
+            error_if_nonfinite: raise if the norm is NaN or infinite.
+
+        Returns:
+            With ``max_norm``: the norm before, a plain tensor of shape ``()``, the same under every strategy.
+
+        Raises:
+            ConfigError: not exactly one of ``clip_val`` and ``max_norm``, or not above 0.
+            NonFiniteGradientError: see ``error_if_nonfinite``.
+        """
+        arguments.check_clipping(clip_val, max_norm)
+        engine = self._books.engine(module)
+        if clip_val is not None:
+            self._running.clip_grad_value(engine, optimizer, float(clip_val))
+            return None
+        assert max_norm is not None  # checked above
+        return self._running.clip_grad_norm(engine, optimizer, float(max_norm), float(norm_type), error_if_nonfinite)
+
+    def no_backward_sync(self, module: nn.Module, enabled: bool = True) -> AbstractContextManager[None]:
+        """Within it, ``backward`` need not make gradients agree between ranks: for all but the last of several
+        accumulated batches. What was before is restored after.
+
+        Args:
+            module: the module, as set up.
+            enabled: ``False`` makes it do nothing.
+        """
+        engine = self._books.engine(module)
+        return self._running.no_sync(engine) if enabled else nullcontext()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Compute as a module's forward does in this precision: for code outside of a module."""
+        return self._running.autocast()
+
+    # -- together --------------------------------------------------------------
+    def all_gather(self, data: T, group: Any = None, sync_grads: bool = False) -> T:
+        """Stack tensors (or numbers, or trees of them) of all ranks: shape ``(world_size, *shape)``, also for one."""
+        return collectives.all_gather(self._ready_world, data, sync_grads, group)
+
+    def all_reduce(self, data: T, group: Any = None, reduce_op: Any = "mean") -> T:
+        """Reduce tensors (or numbers, or trees of them) over all ranks: mean, sum, max, min or product."""
+        return collectives.all_reduce(self._ready_world, data, reduce_op, group)
+
+    def broadcast(self, obj: T, src: int = 0) -> T:
+        """Give every rank the object of rank ``src``."""
+        return collectives.broadcast(self._ready_world, obj, src)
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait until every rank has come here. ``name`` is for the reader of the script."""
+        collectives.barrier(self._ready_world)
+
+    @contextmanager
+    def rank_zero_first(self, local: bool = False) -> Iterator[None]:
+        """Run a block on rank 0 first (of each machine, with ``local``), then on the others: downloads, caches."""
+        first = (self.local_rank if local else self.global_rank) == 0
+        if not first:
+            self.barrier()
+        try:
+            yield
+        finally:
+            if first:
+                self.barrier()
+
+    @property
+    def _ready_world(self) -> World:
+        return self._running.world
+
+    # -- saving ----------------------------------------------------------------
+    def save(
+        self,
+        path: str | Path,
+        state: dict[str, Any],
+        filter: Mapping[str, Callable[[str, Any], bool]] | None = None,
+    ) -> None:
+        """Write a checkpoint of modules, optimizers, anything with ``state_dict``, and plain values.
+
+        Every rank must call this. Sharding strategies write a folder, the others one file; each is loaded by all.
+
+        Args:
+            path: file or folder; an older checkpoint there is replaced once the new one is whole.
+            state: what to save, under names of your choice.
+            filter: per name, ``fn(key, value) -> bool``: what of that entry's state to keep.
+
+        Raises:
+            ConfigError: ``state`` is no dictionary, or a filter has no entry.
+            CheckpointError: it cannot be written; raised on every rank.
+        """
+        from fabriclite.checkpoint import session  # torch.distributed.checkpoint costs 0.6 s to import
+
+        session.save(self._running, path, self._parts(state), filter)
+
+    def load(
+        self, path: str | Path, state: dict[str, Any] | None = None, strict: bool = True, *, weights_only: bool = True
+    ) -> dict[str, Any]:
+        """Read a checkpoint, of any strategy, into the objects of ``state``. Every rank must call this.
+
+        Args:
+            path: what :meth:`save` wrote.
+            state: the same names with this run's objects. Plain values are replaced in it. ``None`` reads all.
+            strict: names must be the same on both sides.
+            weights_only: restore tensors and plain values only; ``False`` may run code from the file.
+
+        Returns:
+            What the checkpoint holds beyond ``state``.
+
+        Raises:
+            CheckpointError: it cannot be read, or does not fit; all differing names are listed.
+        """
+        from fabriclite.checkpoint import session
+
+        parts = None if state is None else self._parts(state)
+        return session.load(self._running, path, parts, strict, weights_only)
+
+    def load_raw(
+        self, path: str | Path, obj: nn.Module | Optimizer, strict: bool = True, *, weights_only: bool = True
+    ) -> None:
+        """Load a file that holds just a state dict, such as ``torch.save(model.state_dict(), path)`` writes.
+
+        Every rank must call this. Each reads only its own part of the file.
+
+        Raises:
+            CheckpointError: it cannot be read, or does not fit.
+        """
+        from fabriclite.checkpoint import session
+
+        session.load_raw(path, self._part({"obj": obj}, "obj"), strict, weights_only)
+
+    def _parts(self, state: Any) -> "dict[str, Part]":
+        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+            raise ConfigError(
+                f"`state` must be a dictionary with names, such as {{'model': model}}, but is {type(state).__name__}."
+            )
+        return {key: self._part(state, key) for key in state}
+
+    def _part(self, state: dict[str, Any], key: str) -> "Part":
+        from fabriclite.checkpoint.parts import ModulePart, OptimizerPart, StatefulPart, ValuePart
+
+        value = state[key]
+        if self._books.knows_module(value):
+            return ModulePart(self._running, self._books.engine(value))
+        if self._books.knows_optimizer(value):
+            return OptimizerPart(self._running, self._books.engine_of(value), value)
+        if callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None)):
+            return StatefulPart(value)
+        return ValuePart(state, key)
+
+    # -- small help ------------------------------------------------------------
+    def to_device(self, obj: Any) -> Any:
+        """Move a module, a tensor or a tree of tensors to this process's device."""
+        return obj.to(self.device) if isinstance(obj, nn.Module) else loaders.to_device(obj, self.device)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """``print``, on one process of each machine."""
+        if self.local_rank == 0:
+            print(*args, **kwargs)
+
+    def call(self, hook_name: str, *args: Any, **kwargs: Any) -> None:
+        """Run ``hook_name(*args, **kwargs)`` of every callback that has it.
+
+        Raises:
+            ConfigError: a callback's attribute of that name is no method.
+        """
+        for callback in self._callbacks:
+            method = getattr(callback, hook_name, None)
+            if method is None:
+                continue
+            if not callable(method):
+                raise ConfigError(
+                    f"{type(callback).__name__}.{hook_name} must be a method to be called, but is {method!r}."
+                )
+            method(*args, **kwargs)
+
+    def log(self, name: str, value: Any, step: int | None = None) -> None:
+        """Hand one number to every logger."""
+        self.log_dict({name: value}, step)
+
+    def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Hand numbers (or tensors of one element) to every logger."""
+        if not self._loggers:
+            return
+        numbers = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
+        for logger in self._loggers:
+            logger.log_metrics(metrics=numbers, step=step)
+
+    seed_everything = staticmethod(seed.seed_everything)
+
+
+def _run_in_worker(
+    arguments: dict[str, Any], function: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> T:
+    return function(Fabric(**arguments), *args, **kwargs)

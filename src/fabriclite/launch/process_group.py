@@ -1,0 +1,59 @@
+"""Joining the other processes, once."""
+
+import atexit
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from fabriclite.errors import WorldError
+from fabriclite.world import World
+
+
+def join(world: World, backend: str | None, timeout: timedelta) -> None:
+    """Be part of the process group of ``world``; a group that exists already is used. Every rank must call this.
+
+    A world of one meets nobody, so it needs no address and no port.
+
+    Raises:
+        WorldError: the existing group is of another world, or the others cannot be reached.
+    """
+    if dist.is_initialized():
+        if (dist.get_rank(), dist.get_world_size()) != (world.rank, world.size):
+            raise WorldError(
+                f"The process group must be that of rank {world.rank} of {world.size}, but one of rank"
+                f" {dist.get_rank()} of {dist.get_world_size()} exists. Destroy it before you make a Fabric."
+            )
+        return
+    name = backend or default_backend(world.device)
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if world.size == 1:
+        dist.init_process_group(name, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        _meet(world, name, timeout)
+    atexit.register(leave)
+
+
+def _meet(world: World, backend: str, timeout: timedelta) -> None:
+    missing = [key for key in ("MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
+    if missing:
+        raise WorldError(
+            f"{' and '.join(missing)} must be set for {world.size} processes to meet, but the environment lacks"
+            f" {'them' if len(missing) > 1 else 'it'}. Launch with torchrun, which sets them."
+        )
+    dist.init_process_group(
+        backend, init_method="env://", rank=world.rank, world_size=world.size, timeout=timeout
+    )
+
+
+def default_backend(device: torch.device) -> str:
+    """NCCL for CUDA tensors, with gloo beside it for objects and offloaded gradients on the host; gloo elsewhere."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def leave() -> None:
+    """Destroy the process group, if one is left."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,220 @@
+"""Starting the other processes of this machine when no launcher did."""
+
+import atexit
+import multiprocessing as mp
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+
+from fabriclite.errors import LaunchError
+from fabriclite.launch.process_group import leave
+
+_HOST: Final = "127.0.0.1"
+_GRACE_S: Final = 10.0
+"""How long ranks may take to end by themselves after another one failed, in seconds."""
+_PRELOAD: Final = ("torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "fabriclite")
+
+
+def worker_env(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun would write for rank ``rank`` of ``size`` on this machine, with the store served by the parent."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": _HOST,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch's env:// then connects to the store and never serves it
+    }
+
+
+def serve_store(size: int) -> dist.TCPStore:
+    """A store on a free port of the loopback, so that no two runs can ask for the same port."""
+    return dist.TCPStore(_HOST, 0, world_size=size, is_master=True, wait_for_workers=False)
+
+
+def threads_each(size: int) -> int:
+    """CPU threads per process such that all of them share the machine."""
+    return max(1, len(os.sched_getaffinity(0)) // size) if hasattr(os, "sched_getaffinity") else 1
+
+
+# -- re-running the script ---------------------------------------------------------------------------------------------
+
+
+def rerun_script(size: int) -> "list[subprocess.Popen[bytes]]":
+    """Start this very command again for ranks 1 and up; this process becomes rank 0.
+
+    The children live no longer than this process, and if one fails this process ends too, with status 1.
+    """
+    store = serve_store(size)
+    common = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads_each(size)))}
+    command = [sys.executable, *sys.orig_argv[1:]]
+    children = [
+        subprocess.Popen(command, env={**os.environ, **common, **worker_env(rank, size, store.port)})
+        for rank in range(1, size)
+    ]
+    os.environ.update(worker_env(0, size, store.port))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads_each(size))
+    threading.Thread(target=_watch, args=(children, store), daemon=True).start()
+    atexit.register(_reap, children)  # runs after the process group is left, which registers later
+    return children
+
+
+def _watch(children: "list[subprocess.Popen[bytes]]", store: dist.TCPStore) -> None:
+    """End this process soon after a child failed: it may be waiting in a collective for that child."""
+    while True:
+        codes = [child.poll() for child in children]
+        failed = [(rank, code) for rank, code in enumerate(codes, start=1) if code]
+        if failed:
+            break
+        if all(code == 0 for code in codes):
+            return
+        time.sleep(0.2)
+    time.sleep(_GRACE_S / 2)  # our own exception, if there is one, says more
+    rank, code = failed[0]
+    print(f"fabriclite: rank {rank} ended with exit status {code}; ending all ranks.", file=sys.stderr, flush=True)
+    for child in children:
+        child.terminate()
+    os._exit(1)
+
+
+def _reap(children: "list[subprocess.Popen[bytes]]") -> None:
+    """Wait for the children at the end of this process; a failed one makes this one fail."""
+    deadline = time.monotonic() + _GRACE_S
+    for child in children:
+        try:
+            child.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.terminate()
+            child.wait()
+    if any(child.returncode for child in children):
+        sys.stdout.flush()
+        os._exit(1)
+
+
+# -- running a function ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    rank: int
+    at: float
+    value: Any
+    error: str | None
+
+
+def run_function(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int, method: str
+) -> Any:
+    """Run ``function(*args, **kwargs)`` in ``size`` new processes and return what rank 0 returned.
+
+    Args:
+        function: picklable unless ``method`` is ``"fork"``.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        size: number of processes.
+        method: ``"fork"``, ``"spawn"`` or ``"forkserver"``.
+
+    Raises:
+        LaunchError: a process failed; the message is the traceback of the first one that did.
+    """
+    context = mp.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(list(_PRELOAD))
+    store = serve_store(size)
+    threads = threads_each(size)
+    readers: list[Connection] = []
+    processes = []
+    for rank in range(size):
+        reader, writer = context.Pipe(duplex=False)
+        env = worker_env(rank, size, store.port)
+        process = context.Process(
+            target=_work, args=(writer, rank, env, threads, function, args, dict(kwargs)), daemon=False
+        )
+        process.start()
+        writer.close()
+        readers.append(reader)
+        processes.append(process)
+    outcomes = _collect(readers, processes)
+    failures = sorted((o for o in outcomes if o.error is not None), key=lambda o: o.at)
+    if failures:
+        first = failures[0]
+        raise LaunchError(f"Rank {first.rank} of {size} failed:\n\n{first.error}")
+    return next(o.value for o in outcomes if o.rank == 0)
+
+
+def _work(
+    writer: Connection,
+    rank: int,
+    env: dict[str, str],
+    threads: int,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    os.environ.update(env)
+    torch.set_num_threads(threads)
+    try:
+        value, error = function(*args, **kwargs), None
+    except BaseException:  # a rank must report whatever ended it, SystemExit and CheckpointException included
+        value, error = None, traceback.format_exc()
+    _send(writer, _Outcome(rank, time.time(), value if rank == 0 else None, error))
+    if error is None:
+        leave()
+    else:
+        writer.close()
+        sys.stdout.flush()
+        os._exit(1)  # a group in an error state may block its own destruction
+
+
+def _send(writer: Connection, outcome: _Outcome) -> None:
+    try:
+        writer.send(outcome)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        message = f"Rank {outcome.rank} returned {type(outcome.value).__name__}, which must be picklable: {error}"
+        writer.send(_Outcome(outcome.rank, outcome.at, None, message))
+
+
+def _collect(readers: list[Connection], processes: list[Any]) -> list[_Outcome]:
+    """One outcome per rank. After the first failure the others get a grace period, then they are ended."""
+    waiting = dict(zip(readers, range(len(readers)), strict=True))
+    outcomes: list[_Outcome] = []
+    deadline: float | None = None  # None: nobody has failed
+    while waiting:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        ready = wait(list(waiting), timeout=left)
+        if not ready:
+            break
+        for reader in ready:
+            rank = waiting.pop(reader)  # type: ignore[call-overload]
+            outcome = _receive(reader, rank, processes[rank])  # type: ignore[arg-type]
+            outcomes.append(outcome)
+            if outcome.error is not None and deadline is None:
+                deadline = time.monotonic() + _GRACE_S
+    for process in processes:
+        process.join(None if deadline is None else max(0.1, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return outcomes
+
+
+def _receive(reader: Connection, rank: int, process: Any) -> _Outcome:
+    try:
+        return reader.recv()  # type: ignore[no-any-return]
+    except EOFError:
+        process.join(_GRACE_S)
+        return _Outcome(rank, time.time(), None, f"Rank {rank} ended without a word, exit status {process.exitcode}.")

@@ -1,0 +1,207 @@
+"""What ``fabric.setup`` gives back: the user's own module, seen through a thin pane.
+
+The pane is no ``nn.Module`` around the module; it *stands for* it. Attributes, methods, ``isinstance``, ``len``, state-dict
+keys, pickling and copying are those of the user's module. It acts in three places only: calling it runs the strategy's
+forward; a method of the user's class that computes runs with the strategy's hooks; parameters that are handed out are
+the ones an optimizer may hold.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any, Final
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from fabriclite.errors import ConfigError
+from fabriclite.strategy import Finish, Strategy
+
+_SLOTS: Final = ("_fl_module", "_fl_engine", "_fl_strategy", "_fl_forward", "_fl_marked")
+_TORCH: Final = frozenset(dir(nn.Module))
+
+
+class FabricModule:
+    """The user's module after ``setup``. Made by ``Fabric``, not by users.
+
+    Args:
+        engine: what the strategy made of the module.
+        strategy: the running strategy.
+    """
+
+    __slots__ = (*_SLOTS, "__weakref__")
+
+    _fl_module: nn.Module
+    _fl_engine: nn.Module
+    _fl_strategy: Strategy
+    _fl_forward: Callable[..., Any]
+    _fl_marked: set[str]
+
+    def __init__(self, engine: nn.Module, strategy: Strategy) -> None:
+        values = (strategy.user_module(engine), engine, strategy, strategy.forward(engine), set[str]())
+        for name, value in zip(_SLOTS, values, strict=True):
+            object.__setattr__(self, name, value)
+
+    @property
+    def __class__(self) -> type:
+        return type(self._fl_module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._fl_forward(*args, **kwargs)
+
+    # -- attributes ----------------------------------------------------------
+    def __getattr__(self, name: str) -> Any:
+        if name == "forward":
+            return self._fl_forward
+        own = _OWN.get(name)
+        if own is not None and (name in _TORCH or not hasattr(self._fl_module, name)):
+            return own.__get__(self)
+        value = getattr(self._fl_module, name)
+        if isinstance(value, nn.Module | Tensor):
+            self._fl_strategy.hand_out(self._fl_engine)
+            return getattr(self._fl_module, name)
+        if getattr(value, "__self__", None) is not self._fl_module:
+            return value
+        return self._fl_torch_method(value) if name in _TORCH else self._fl_user_method(name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._fl_module, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._fl_module, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*dir(self._fl_module), *_OWN})
+
+    def __repr__(self) -> str:
+        return repr(self._fl_module)
+
+    # -- containers ----------------------------------------------------------
+    def __len__(self) -> int:
+        return len(self._fl_module)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._fl_module)  # type: ignore[call-overload, no-any-return]
+
+    def __getitem__(self, key: Any) -> Any:
+        self._fl_strategy.hand_out(self._fl_engine)
+        return self._fl_module[key]  # type: ignore[index]
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self._fl_module  # type: ignore[operator]
+
+    def __bool__(self) -> bool:
+        return True
+
+    # -- copies ----------------------------------------------------------------
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """A plain copy of the user's module, not set up (FSDP refuses: torch cannot copy what it sharded)."""
+        return copy.deepcopy(self._fl_module, memo)
+
+    def __copy__(self) -> nn.Module:
+        return copy.copy(self._fl_module)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle the user's module: what is loaded is a plain module, to be set up again."""
+        return self._fl_module.__reduce_ex__(protocol)
+
+    # -- methods -----------------------------------------------------------------
+    def _fl_torch_method(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """``nn.Module``'s own: on sharded parameters, and ``train()`` or ``to()`` give back the pane."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._fl_strategy.hand_out(self._fl_engine)
+            result = method(*args, **kwargs)
+            return self if result is self._fl_module else result
+
+        return call
+
+    def _fl_user_method(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with _Region(self, at_once=name in self._fl_marked) as region:
+                return region.finish(method(*args, **kwargs))
+
+        return call
+
+
+class _Region:
+    """A call of a user's method. The strategy's hooks start when the method first calls the model, if it ever does.
+
+    So ``generate`` computes as forward does, while ``configure_optimizers`` sees the parameters as they rest, and a
+    method that only counts parameters starts no collective.
+    """
+
+    def __init__(self, pane: FabricModule, at_once: bool) -> None:
+        self._pane = pane
+        self._at_once = at_once
+        self._stack = ExitStack()
+        self._finish: Finish | None = None  # None: the method has not called the model
+
+    def __enter__(self) -> "_Region":
+        if self._at_once:
+            self._start(through_root=False)
+        else:
+            # A global hook for the time of one call, instead of one on every submodule. The first call removes it.
+            self._handle = register_module_forward_pre_hook(self._on_forward)
+            self._stack.callback(self._handle.remove)
+        return self
+
+    def __exit__(self, *exc: Any) -> bool | None:
+        return self._stack.__exit__(*exc)
+
+    def _on_forward(self, module: nn.Module, args: Any) -> None:
+        if self._finish is None and any(module is sub for sub in self._pane._fl_module.modules()):
+            self._handle.remove()
+            self._start(through_root=module is self._pane._fl_module)
+
+    def _start(self, through_root: bool) -> None:
+        strategy, engine = self._pane._fl_strategy, self._pane._fl_engine
+        self._finish = self._stack.enter_context(strategy.region(engine, through_root))
+
+    def finish(self, output: Any) -> Any:
+        return output if self._finish is None else self._finish(output)
+
+
+def _state_dict(self: FabricModule, *args: Any, **kwargs: Any) -> Any:
+    """The module's state under its own names; sharded values come as ``DTensor``. Every rank must call this."""
+    if args or kwargs:
+        self._fl_strategy.hand_out(self._fl_engine)
+        return self._fl_module.state_dict(*args, **kwargs)
+    return self._fl_strategy.state_dict(self._fl_engine)
+
+
+def _load_state_dict(self: FabricModule, state_dict: Any, strict: bool = True, assign: bool = False) -> None:
+    """Copy full or sharded tensors into the module, cutting where it is sharded. Every rank must call this."""
+    if assign:
+        raise ConfigError(
+            "`assign` must be False after setup, but is True: an optimizer would keep the tensors it replaces."
+            " Load without it."
+        )
+    self._fl_strategy.load_state_dict(self._fl_engine, state_dict, strict)
+
+
+def _mark_forward_method(self: FabricModule, method: str | Callable[..., Any]) -> None:
+    """Gather everything for the whole of a method, also for parameters it uses before it calls any submodule."""
+    name = method if isinstance(method, str) else method.__name__
+    if not callable(getattr(self._fl_module, name, None)):
+        raise ConfigError(f"`method` must name a method of {type(self._fl_module).__name__}, but is {name!r}.")
+    self._fl_marked.add(name)
+
+
+class _ModuleProperty:
+    def __get__(self, instance: FabricModule) -> nn.Module:
+        return instance._fl_module
+
+
+_OWN: Final[dict[str, Any]] = {
+    "state_dict": _state_dict,
+    "load_state_dict": _load_state_dict,
+    "mark_forward_method": _mark_forward_method,
+    "module": _ModuleProperty(),
+}
+"""What the pane answers itself; the last two only where the user's module has no such attribute."""
+
+
+def unwrap(module: Any) -> nn.Module:
+    """The user's own module behind a pane; a plain module is returned as it is."""
+    return module._fl_module if type(module) is FabricModule else module

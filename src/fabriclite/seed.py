@@ -1,0 +1,97 @@
+"""Seeds: of this process, and of data-loading workers."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning_utilities.core.imports import RequirementCache
+
+from fabriclite.errors import ConfigError
+
+_NUMPY = RequirementCache("numpy")
+_LIMIT = 2**32
+
+
+class _Chosen:
+    """What ``seed_everything`` was told, for data loaders made later. One per process, as the generators it seeds."""
+
+    workers: bool = False
+
+
+def seed_everything(seed: int | None = None, workers: bool | None = None, verbose: bool = True) -> int:
+    """Seed Python, NumPy and torch (all devices) of this process.
+
+    Args:
+        seed: in ``[0, 2**32)``; ``None`` draws one.
+        workers: also give each worker process of each rank's data loaders a stream of its own.
+        verbose: print a seed that was drawn, so that the run can be repeated.
+
+    Returns:
+        The seed.
+
+    Raises:
+        ConfigError: the seed is out of range.
+    """
+    if seed is None:
+        seed = random.SystemRandom().randrange(_LIMIT)
+        if verbose:
+            print(f"Seed drawn: {seed}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _LIMIT:
+        raise ConfigError(f"`seed` must be a whole number in [0, 2**32), but is {seed!r}.")
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if _NUMPY:
+        import numpy as np
+
+        np.random.seed(seed)
+    _Chosen.workers = bool(workers)
+    return seed
+
+
+def worker_init(rank: int) -> Callable[[int], None] | None:
+    """A ``worker_init_fn`` that tells ranks apart, if ``seed_everything(workers=True)`` asked for it."""
+    return _SeedWorker(rank) if _Chosen.workers else None
+
+
+class _SeedWorker:
+    """Torch seeds worker ``i`` with ``base + i``, alike on ranks whose generators agree; this adds the rank."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def __call__(self, worker: int) -> None:
+        mixed = random.Random(f"{torch.initial_seed()}/{worker}/{self.rank}")  # a str seeds by its hash in full
+        random.seed(mixed.getrandbits(64))
+        torch.manual_seed(mixed.getrandbits(63))
+        if _NUMPY:
+            import numpy as np
+
+            np.random.seed(mixed.getrandbits(32))
+
+
+def rng_state() -> dict[str, Any]:
+    """The generators' states of this process as tensors, numbers and tuples (loads with ``weights_only``)."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    if _NUMPY:
+        import numpy as np
+
+        kind, keys, *rest = np.random.get_state()
+        state["numpy"] = (str(kind), torch.from_numpy(keys.astype(np.int64)), *(v.item() if hasattr(v, "item") else v for v in rest))
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what :func:`rng_state` gave."""
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if "numpy" in state and _NUMPY:
+        import numpy as np
+
+        kind, keys, *rest = state["numpy"]
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))

@@ -1,0 +1,50 @@
+"""Full tensors and this rank's part of them. Pure but for ``full``, which gathers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from fabriclite import _torch
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The memory this rank holds of ``tensor``: its local part if it is sharded, else itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full(value: Any) -> Any:
+    """The whole of a sharded tensor; anything else as it is. Every rank must call this."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def cut(whole: Tensor, like: DTensor) -> Tensor:
+    """The part of ``whole`` that this rank holds of ``like``, without communication.
+
+    Args:
+        whole: of ``like``'s global shape, equal on all ranks.
+        like: tells mesh and placements.
+
+    Returns:
+        A view of ``whole`` with the shape of ``like.to_local()``, maybe empty.
+    """
+    coordinate = like.device_mesh.get_coordinate()
+    assert coordinate is not None  # this rank is in the mesh, or it would hold no DTensor
+    part = whole
+    for mesh_dim, dim in _torch.local_pieces_in_order(like):
+        pieces = torch.chunk(part, like.device_mesh.size(mesh_dim), dim=dim)
+        index = coordinate[mesh_dim]
+        part = pieces[index] if index < len(pieces) else part.narrow(dim, 0, 0)
+    return part
+
+
+@torch.no_grad()
+def write(target: Tensor, value: Tensor) -> None:
+    """Copy ``value`` into ``target``: a full tensor into a sharded one keeps only this rank's part."""
+    if isinstance(target, DTensor) and not isinstance(value, DTensor):
+        target.to_local().copy_(cut(value, target))
+    elif isinstance(value, DTensor) and not isinstance(target, DTensor):
+        target.copy_(value.full_tensor())
+    else:
+        target.copy_(value)

@@ -1,0 +1,156 @@
+"""What more than one strategy needs: functions, not a base class."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from fabriclite import _torch, gradients, optim, shards
+from fabriclite.birth.settle import named_tensors
+from fabriclite.collectives import broadcast_tensor_
+from fabriclite.errors import CheckpointError
+from fabriclite.precision import Precision
+from fabriclite.strategy import Finish, Strategy
+from fabriclite.world import World
+
+
+def autocast(world: World, precision: Precision) -> AbstractContextManager[Any]:
+    """Mixed precision computes matrix products in 16 bits; every other precision changes nothing."""
+    if not precision.mixed:
+        return nullcontext()
+    return torch.autocast(world.device.type, precision.compute_dtype)
+
+
+def in_precision(run: Callable[..., Any], world: World, precision: Precision) -> Callable[..., Any]:
+    """``run`` as the precision wants it called.
+
+    True 32 and 64 bits: unchanged, at no cost. Mixed: under autocast, inputs as they are. True 16 bits: float32 inputs
+    are cast to the parameters' dtype, since torch cannot mix the two; other inputs and all outputs stay as they are.
+    """
+    if precision.mixed:
+
+        def mixed(*args: Any, **kwargs: Any) -> Any:
+            with torch.autocast(world.device.type, precision.compute_dtype):
+                return run(*args, **kwargs)
+
+        return mixed
+    if precision.half:
+
+        def half(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = _torch.tree_map(lambda leaf: _to_half(leaf, precision.param_dtype), (args, kwargs))
+            return run(*args, **kwargs)
+
+        return half
+    return run
+
+
+def _to_half(leaf: Any, dtype: torch.dtype) -> Any:
+    return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.dtype == torch.float32 else leaf
+
+
+@contextmanager
+def autocast_region(world: World, precision: Precision) -> Iterator[Finish]:
+    """A region that needs nothing but autocast."""
+    with autocast(world, precision):
+        yield unchanged
+
+
+def unchanged(output: Any) -> Any:
+    return output
+
+
+def make_scaler(world: World, precision: Precision) -> GradScaler:
+    """A loss scaler that is off unless the precision needs one, and agrees with all ranks where there are several."""
+
+    def agree(found: Tensor) -> None:
+        if world.size > 1:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+
+    return _torch.LocalGradScaler(
+        world.device.type, enabled=precision.needs_scaler, agree=agree, local=shards.local
+    )
+
+
+def clip_norm(
+    strategy: Strategy, optimizer: Optimizer, max_norm: float, norm_type: float, error_if_nonfinite: bool
+) -> Tensor:
+    """Unscale, then clip the gradients that ``optimizer`` steps, on any mesh.
+
+    Under a loss scaler a norm that is not finite is no error: the scaler skips that step and lowers its scale.
+    """
+    unscale(strategy, optimizer)
+    error_if_nonfinite = error_if_nonfinite and not strategy.scaler.is_enabled()
+    params = optim.params_of(optimizer)
+    return gradients.clip_by_norm(params, max_norm, norm_type, error_if_nonfinite, strategy.world.device)
+
+
+def clip_value(strategy: Strategy, optimizer: Optimizer, value: float) -> None:
+    """Unscale, then clamp the gradients that ``optimizer`` steps."""
+    unscale(strategy, optimizer)
+    gradients.clip_by_value(optim.params_of(optimizer), value)
+
+
+def unscale(strategy: Strategy, optimizer: Optimizer) -> None:
+    if strategy.scaler.is_enabled():
+        strategy.scaler.unscale_(optimizer)
+
+
+@torch.no_grad()
+def same_on_all_ranks(module: nn.Module, world: World) -> None:
+    """Give every rank rank 0's values, one tensor at a time. Every rank must call this.
+
+    Ranks that were seeded alike already agree; those that were not would otherwise each keep a piece of another model.
+    """
+    if world.size == 1:
+        return
+    done: set[int] = set()
+    for _, tensor in named_tensors(module):
+        if id(tensor) not in done:
+            done.add(id(tensor))
+            broadcast_tensor_(world, tensor.data)
+
+
+def load_into(module: nn.Module, state: Mapping[str, Any], strict: bool) -> None:
+    """Copy ``state`` into ``module``'s tensors in place, cutting full tensors for sharded targets.
+
+    Names and shapes are checked before anything is changed. Extra state (``get_extra_state``) is handed to its module.
+
+    Raises:
+        CheckpointError: names are missing or unexpected (``strict``), or a shape differs.
+    """
+    own = module.state_dict()
+    check_fits(own, state, strict)
+    for name, value in state.items():
+        target = own.get(name)
+        if isinstance(target, Tensor):
+            shards.write(target, value)
+        elif name in own:
+            prefix = name.rpartition(".")[0]
+            module.get_submodule(prefix).set_extra_state(value)
+
+
+def check_fits(own: Mapping[str, Any], state: Mapping[str, Any], strict: bool) -> None:
+    """Raise, naming every key, unless ``state`` fits ``own``.
+
+    Raises:
+        CheckpointError: names are missing or unexpected (``strict``), or a shape differs.
+    """
+    missing = [k for k in own if k not in state]
+    unexpected = [k for k in state if k not in own]
+    wrong = [
+        f"{k}: {tuple(own[k].shape)} here, {tuple(v.shape)} in the checkpoint"
+        for k, v in state.items()
+        if k in own and isinstance(v, Tensor) and isinstance(own[k], Tensor) and v.shape != own[k].shape
+    ]
+    if wrong:
+        raise CheckpointError(f"Shapes must agree with the checkpoint's, but do not: {'; '.join(wrong)}.")
+    if strict and (missing or unexpected):
+        raise CheckpointError(
+            f"The checkpoint must hold just the module's keys, but missing: {missing or 'none'};"
+            f" unexpected: {unexpected or 'none'}. Pass strict=False to load what fits."
+        )

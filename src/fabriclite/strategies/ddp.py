@@ -1,0 +1,155 @@
+"""Replicate the model, average the gradients."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, cast, final
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from fabriclite import _torch, optim_state
+from fabriclite.birth.plan import Birth, InitPlan
+from fabriclite.birth.settle import settle
+from fabriclite.precision import Precision
+from fabriclite.strategies import _shared
+from fabriclite.strategies.configs import DDPStrategy
+from fabriclite.strategy import Finish, Strategy
+from fabriclite.world import World
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DDP(Strategy):
+    """The engine is torch's ``DistributedDataParallel``; a module without trainable parameters is its own engine."""
+
+    joint_setup: ClassVar[bool] = False
+    sharded_checkpoint: ClassVar[bool] = False
+
+    config: DDPStrategy
+    world: World
+    precision: Precision
+    scaler: GradScaler
+    warm: "WeakSet[nn.Module]"
+    """Engines with a static graph that have seen their first backward."""
+
+    @classmethod
+    def make(cls, config: DDPStrategy, world: World, precision: Precision) -> Self:
+        scaler = _shared.make_scaler(world, precision)
+        return cls(config=config, world=world, precision=precision, scaler=scaler, warm=WeakSet())
+
+    @override
+    def plan_init(self, empty_init: bool | None) -> InitPlan:
+        return InitPlan(birth=Birth.INITIALISED, device=self.world.device, dtype=self.precision.param_dtype)
+
+    @override
+    def setup(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], move_to_device: bool
+    ) -> tuple[nn.Module, list[Optimizer]]:
+        module = settle(module, self.world.device if move_to_device else None, self.precision)
+        if not any(p.requires_grad for p in module.parameters()):  # DDP refuses these: there is nothing to average
+            _shared.same_on_all_ranks(module, self.world)
+            return module, list(optimizers)
+        config = self.config
+        engine = DistributedDataParallel(
+            module,
+            device_ids=[self.world.device.index] if self.world.device.type == "cuda" and move_to_device else None,
+            broadcast_buffers=config.broadcast_buffers,
+            find_unused_parameters=config.find_unused_parameters,
+            static_graph=config.static_graph,
+            gradient_as_bucket_view=config.gradient_as_bucket_view,
+            bucket_cap_mb=config.bucket_cap_mb,
+        )
+        if config.ddp_comm_hook is not None:
+            engine.register_comm_hook(config.ddp_comm_state, config.ddp_comm_hook)
+        return engine, list(optimizers)
+
+    @override
+    def user_module(self, engine: nn.Module) -> nn.Module:
+        return cast(nn.Module, engine.module) if isinstance(engine, DistributedDataParallel) else engine
+
+    @override
+    def hand_out(self, engine: nn.Module) -> None:
+        pass
+
+    @override
+    def autocast(self) -> AbstractContextManager[Any]:
+        return _shared.autocast(self.world, self.precision)
+
+    @override
+    def forward(self, engine: nn.Module) -> Callable[..., Any]:
+        module = self.user_module(engine)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            # Without gradients there is nothing to average, and DDP's only act would be a collective for buffers, which
+            # hangs when one rank alone evaluates or generates.
+            return engine(*args, **kwargs) if torch.is_grad_enabled() else module(*args, **kwargs)
+
+        return _shared.in_precision(run, self.world, self.precision)
+
+    @override
+    @contextmanager
+    def region(self, engine: nn.Module, through_root: bool) -> Iterator[Finish]:
+        with self.autocast():
+            if isinstance(engine, DistributedDataParallel) and torch.is_grad_enabled():
+                yield _torch.ddp_enter(engine)
+            else:
+                yield _shared.unchanged
+
+    @override
+    def backward(self, engine: nn.Module | None, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        self.scaler.scale(loss).backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    @override
+    @contextmanager
+    def no_sync(self, engine: nn.Module) -> Iterator[None]:
+        # A static graph learns the order of gradients in its first backward, which torch asserts is a synchronised one.
+        # Averaging early is harmless there: the mean of gradients that already agree is themselves.
+        if not isinstance(engine, DistributedDataParallel):
+            yield
+            return
+        if self.config.static_graph and engine not in self.warm:
+            self.warm.add(engine)
+            yield
+            return
+        before = engine.require_backward_grad_sync
+        engine.require_backward_grad_sync = False
+        try:
+            yield
+        finally:
+            engine.require_backward_grad_sync = before
+
+    @override
+    def clip_grad_norm(
+        self, engine: nn.Module, optimizer: Optimizer, max_norm: float, norm_type: float, error_if_nonfinite: bool
+    ) -> Tensor:
+        return _shared.clip_norm(self, optimizer, max_norm, norm_type, error_if_nonfinite)
+
+    @override
+    def clip_grad_value(self, engine: nn.Module, optimizer: Optimizer, clip_value: float) -> None:
+        _shared.clip_value(self, optimizer, clip_value)
+
+    @override
+    def state_dict(self, engine: nn.Module) -> dict[str, Any]:
+        return self.user_module(engine).state_dict()
+
+    @override
+    def load_state_dict(self, engine: nn.Module, state: Mapping[str, Any], strict: bool) -> None:
+        _shared.load_into(self.user_module(engine), state, strict)
+
+    @override
+    def optimizer_state(self, engine: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        return optim_state.named_state(optimizer, self.user_module(engine))
+
+    @override
+    def load_optimizer_state(self, engine: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+        optim_state.load_named_state(optimizer, self.user_module(engine), state)
+
+    @override
+    def sampler_shard(self) -> tuple[int, int]:
+        return self.world.size, self.world.rank

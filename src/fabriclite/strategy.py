@@ -1,0 +1,147 @@
+"""The one interface Fabric talks to, and the protocol of what users write to get it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from fabriclite.birth.plan import InitPlan
+from fabriclite.precision import Precision, PrecisionName
+from fabriclite.world import World
+
+StartMethod = Literal["auto", "popen", "spawn", "fork", "forkserver"]
+Finish = Callable[[Any], Any]
+"""Receives what a user's method returned and gives back what its caller gets."""
+
+
+class Strategy(ABC):
+    """Owns how a model is born, sharded, stepped and saved in one ``World`` at one ``Precision``.
+
+    Every subclass is a frozen dataclass and final: it implements all abstract methods and is not subclassed. An
+    *engine* is whatever ``setup`` returned for a module: the module itself, or a library's wrapper around it.
+    """
+
+    joint_setup: ClassVar[bool]
+    """Whether ``setup`` needs the optimizers together with the module."""
+    sharded_checkpoint: bool
+    """Whether ``save`` writes a folder of shards (else one file by rank 0)."""
+
+    world: World
+    precision: Precision
+    scaler: GradScaler
+
+    # -- birth: pure -------------------------------------------------------
+    @abstractmethod
+    def plan_init(self, empty_init: bool | None) -> InitPlan:
+        """What ``init_module(empty_init)`` will do."""
+
+    # -- settle ------------------------------------------------------------
+    @abstractmethod
+    def setup(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], move_to_device: bool
+    ) -> tuple[nn.Module, list[Optimizer]]:
+        """Spread ``module`` over the world in place. Every rank must call this.
+
+        Returns:
+            The engine, and the optimizers to step with, in the order given. ``Fabric`` rewires their parameters.
+        """
+
+    @abstractmethod
+    def user_module(self, engine: nn.Module) -> nn.Module:
+        """The user's own module inside an engine."""
+
+    @abstractmethod
+    def hand_out(self, engine: nn.Module) -> None:
+        """Called before parameters or submodules reach the user: bring them into the form an optimizer may hold."""
+
+    # -- step --------------------------------------------------------------
+    @abstractmethod
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which forward computes."""
+
+    @abstractmethod
+    def forward(self, engine: nn.Module) -> Callable[..., Any]:
+        """The function that runs one forward of ``engine``."""
+
+    @abstractmethod
+    def region(self, engine: nn.Module, through_root: bool) -> AbstractContextManager[Finish]:
+        """Around the part of a method, other than ``forward``, that computes with the model.
+
+        ``through_root``: the method computes by calling the root module, whose own hooks run then.
+        """
+
+    @abstractmethod
+    def backward(self, engine: nn.Module | None, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Differentiate ``loss``. ``engine`` is the one it came from where the user said so."""
+
+    @abstractmethod
+    def no_sync(self, engine: nn.Module) -> AbstractContextManager[None]:
+        """Within it, ``backward`` need not make gradients agree between ranks."""
+
+    @abstractmethod
+    def clip_grad_norm(
+        self, engine: nn.Module, optimizer: Optimizer, max_norm: float, norm_type: float, error_if_nonfinite: bool
+    ) -> Tensor:
+        """Scale the gradients of ``optimizer`` to at most ``max_norm``. Every rank must call this.
+
+        Returns:
+            The norm before scaling, of shape ``()``, equal on all ranks.
+        """
+
+    @abstractmethod
+    def clip_grad_value(self, engine: nn.Module, optimizer: Optimizer, clip_value: float) -> None:
+        """Clamp every gradient element to ``[-clip_value, clip_value]``."""
+
+    # -- state -------------------------------------------------------------
+    @abstractmethod
+    def state_dict(self, engine: nn.Module) -> dict[str, Any]:
+        """The module's state under its own names. Every rank must call this. Sharded values come as ``DTensor``."""
+
+    @abstractmethod
+    def load_state_dict(self, engine: nn.Module, state: Mapping[str, Any], strict: bool) -> None:
+        """Copy full (or equally sharded) tensors into the module. Every rank must call this."""
+
+    @abstractmethod
+    def optimizer_state(self, engine: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        """State by parameter *name*, so that it fits any strategy: ``{"state": {name: ...}, "param_groups": [...]}``."""
+
+    @abstractmethod
+    def load_optimizer_state(self, engine: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+        """Put back what :meth:`optimizer_state` gave, of this strategy or another."""
+
+    # -- data --------------------------------------------------------------
+    @abstractmethod
+    def sampler_shard(self) -> tuple[int, int]:
+        """``(replicas, index)``: into how many parts data is split, and which one this rank reads."""
+
+
+@runtime_checkable
+class StrategyConfig(Protocol):
+    """What a user writes down. Frozen; holds no process, device or tensor."""
+
+    @property
+    def precisions(self) -> frozenset[PrecisionName]: ...
+
+    @property
+    def distributed(self) -> bool:
+        """Whether it needs a process group (also in a world of one)."""
+
+    @property
+    def start_method(self) -> StartMethod: ...
+
+    @property
+    def process_group_backend(self) -> str | None:
+        """``None``: chosen by device."""
+
+    @property
+    def timeout(self) -> timedelta: ...
+
+    def check_world(self, size: int) -> None:
+        """Raise ``ConfigError`` if it cannot run on ``size`` processes."""
+
+    def build(self, *, world: World, precision: Precision) -> Strategy: ...
