@@ -6,7 +6,7 @@
     python examples/train_gpt.py --strategy tensor_parallel --devices 2       # split matrices
     python examples/train_gpt.py --strategy deepspeed --devices 2             # ZeRO stage 3
     python examples/train_gpt.py --precision bf16-mixed --data book.txt       # a text of your own
-    python examples/train_gpt.py --resume runs/gpt/checkpoint --steps 800     # go on from there
+    python examples/train_gpt.py --resume runs/gpt/checkpoint --steps 400     # go on from there
     torchrun --nproc-per-node 2 examples/train_gpt.py --strategy fsdp --devices 2
 
 Then let it write: python examples/generate.py --checkpoint runs/gpt/checkpoint
@@ -52,13 +52,13 @@ def parse_args() -> argparse.Namespace:
     shape.add_argument("--heads", type=int, default=4)
     shape.add_argument("--context", type=int, default=128, help="tokens")
     training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=int, default=300, help="in all, with those before --resume")
+    training.add_argument("--steps", type=int, default=200, help="in all, with those before --resume")
     training.add_argument("--batch-size", type=int, default=8, help="sequences per process and forward")
     training.add_argument("--accumulate", type=int, default=1, help="forwards per step")
     training.add_argument("--learning-rate", type=float, default=3e-3, help="the highest; warmup, then half a cosine")
     training.add_argument("--warmup", type=int, default=20, help="steps")
     training.add_argument("--seed", type=int, default=1337)
-    training.add_argument("--log-every", type=int, default=25, help="steps between lines without a terminal")
+    training.add_argument("--log-every", type=int, default=20, help="steps between lines without a terminal")
     return parser.parse_args()
 
 
@@ -164,7 +164,11 @@ def main() -> None:
     with fabric.init_module(empty_init=True if args.resume else None):
         model = GPT(config)
     parameters = sum(p.numel() for p in model.parameters())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    # AdamW divides by sqrt(variance) + eps. The usual eps is zero in float16; the smallest normal number is not.
+    eps = max(1e-8, torch.finfo(next(model.parameters()).dtype).tiny)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), eps=eps, weight_decay=0.1
+    )
     model, optimizer = fabric.setup(model, optimizer)
 
     train_set, val_set = load_text(args.data, config.context)

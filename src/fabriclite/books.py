@@ -48,11 +48,14 @@ class Books:
         self._panes[module] = weakref.ref(pane)
         self._bindings[module] = bindings
 
-    def enter_optimizer(self, optimizer: Optimizer, strategy: Strategy) -> None:
-        """Note whose optimizer it is, make it step current parameters, and scale its steps if the precision needs it."""
+    def enter_optimizer(self, optimizer: Optimizer, strategy: Strategy, owner: nn.Module | None = None) -> None:
+        """Note whose optimizer it is, make it step current parameters, and scale its steps if the precision needs it.
+
+        ``owner``: the module it came with; ``None`` looks it up by the parameters.
+        """
         for module, bindings in self._bindings.items():
             optim.rewire(optimizer, bindings, module)
-        self._owners[optimizer] = self._owner(optimizer)
+        self._owners[optimizer] = self._owner(optimizer) if owner is None else unwrap(owner)
         optim.scale_steps(optimizer, strategy.scaler)
 
     def _owner(self, optimizer: Optimizer) -> nn.Module:

@@ -250,7 +250,7 @@ class Fabric:
         pane = FabricModule(engine, strategy)
         self._books.enter_module(pane, bindings)
         for before, after in zip(optimizers, stepping, strict=True):
-            self._books.enter_optimizer(after, strategy)
+            self._books.enter_optimizer(after, strategy, module)
             if scheduler is not None and scheduler.optimizer is before:
                 scheduler.optimizer = after
         result = [pane, *stepping] if scheduler is None else [pane, *stepping, scheduler]

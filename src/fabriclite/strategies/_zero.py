@@ -1,0 +1,200 @@
+"""Full tensors in and out of ZeRO's flat partitions, and gradients inside them.
+
+Stands on DeepSpeed's public ``safe_get_*``/``safe_set_*`` and ``GatheredParameters``; imported by ``deepspeed.py`` only.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fabriclite.errors import CheckpointError
+from fabriclite.gradients import total_norm as local_norm
+from fabriclite.world import World
+
+MASTER: Final = "fp32_master"
+"""Key of the float32 master weight among a parameter's optimizer state."""
+
+
+# -- gradients -----------------------------------------------------------------------------------------------------------
+
+
+def local_grads(params: Iterable[nn.Parameter], stage: int) -> list[tuple[nn.Parameter, Tensor]]:
+    """Reduced gradients: stage 3 this rank's flat partition, below that the full ones. Every rank must call this."""
+    from deepspeed.utils import safe_get_full_grad, safe_get_local_grad
+
+    read = safe_get_local_grad if stage == 3 else safe_get_full_grad
+    found = [(p, read(p)) for p in params]
+    return [(p, g) for p, g in found if g is not None]
+
+
+def set_local_grads(grads: Iterable[tuple[nn.Parameter, Tensor]], stage: int) -> None:
+    """Put back what :func:`local_grads` gave, changed."""
+    from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
+
+    write = safe_set_local_grad if stage == 3 else safe_set_full_grad
+    for param, grad in grads:
+        write(param, grad)
+
+
+def total_norm(grads: list[Tensor], norm_type: float, world: World, stage: int) -> Tensor:
+    """The norm of all gradients, of shape ``()``, equal on all ranks. Every rank must call this.
+
+    Padding at the end of partitions is zero and adds nothing.
+    """
+    norm = local_norm(grads, norm_type, world.device)
+    if stage < 3 or world.size == 1:
+        return norm
+    if norm_type == float("inf"):
+        dist.all_reduce(norm, op=dist.ReduceOp.MAX)
+        return norm
+    powered = norm**norm_type
+    dist.all_reduce(powered)
+    return powered ** (1.0 / norm_type)
+
+
+# -- module state --------------------------------------------------------------------------------------------------------
+
+
+def _gathered(param: nn.Parameter, modifier_rank: int | None = None) -> Any:
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([param], modifier_rank=modifier_rank)
+
+
+def full_state_dict(module: nn.Module) -> dict[str, Any]:
+    """The module's state with whole tensors on the host, one gathered at a time. Every rank must call this."""
+    whole: dict[int, Tensor] = {}
+    for param in module.parameters():
+        with _gathered(param):
+            whole[id(param)] = param.detach().to("cpu", copy=True)
+    own = module.state_dict(keep_vars=True)
+    return {
+        name: whole[id(value)] if id(value) in whole else value.detach() if isinstance(value, Tensor) else value
+        for name, value in own.items()
+    }
+
+
+def shapes(module: nn.Module) -> dict[str, Any]:
+    """The module's state with stand-ins of full shape and no memory."""
+    full = {id(p): torch.Size(getattr(p, "ds_shape", p.shape)) for p in module.parameters()}
+    return {
+        name: torch.empty(full.get(id(value), value.shape), dtype=value.dtype, device="meta")
+        if isinstance(value, Tensor)
+        else value
+        for name, value in module.state_dict(keep_vars=True).items()
+    }
+
+
+@torch.no_grad()
+def load_full(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Copy full tensors into parameters, their float32 masters, and buffers. Every rank must call this."""
+    own = module.state_dict(keep_vars=True)
+    for name, value in state.items():
+        target = own.get(name)
+        if not isinstance(target, Tensor):
+            continue
+        if isinstance(target, nn.Parameter):
+            with _gathered(target, modifier_rank=0):
+                target.copy_(value)
+            _set_master(target, value)
+        else:
+            target.copy_(value)
+
+
+def _set_master(param: nn.Parameter, value: Tensor) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    if not param.requires_grad:
+        return
+    if hasattr(param, "ds_id"):
+        safe_set_local_fp32_param(param, partition(param, value))
+    else:
+        safe_set_full_fp32_param(param, value.to(param.device, torch.float32))
+
+
+def partition(param: nn.Parameter, whole: Tensor) -> Tensor:
+    """This rank's flat part of ``whole``, float32, padded with zeros at the end (stage 3)."""
+    size = cast(Any, param).ds_tensor.numel()
+    start = size * dist.get_rank()
+    flat = whole.detach().reshape(-1)
+    mine = torch.zeros(size, dtype=torch.float32, device=cast(Any, param).ds_tensor.device)
+    part = flat[start : start + size]
+    mine[: part.numel()].copy_(part)
+    return mine
+
+
+# -- optimizer state -----------------------------------------------------------------------------------------------------
+
+
+def optimizer_state(
+    module: nn.Module, base: Optimizer, group_names: list[list[str]], masters: bool
+) -> dict[str, Any]:
+    """State by parameter name with whole tensors on the host. Every rank must call this."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    params = dict(module.named_parameters())
+    flat_keys, scalars = _keys(base)
+    state: dict[str, dict[str, Any]] = {}
+    for name in (n for names in group_names for n in names):
+        param = params[name]
+        shape = getattr(param, "ds_shape", param.shape)
+        values = {k: safe_get_full_optimizer_state(param, k).reshape(shape).cpu().clone() for k in flat_keys}
+        values.update({k: v.clone() if isinstance(v, Tensor) else v for k, v in scalars.items()})
+        if masters:
+            values[MASTER] = safe_get_full_fp32_param(param).reshape(shape).cpu().clone()
+        state[name] = values
+    groups = [
+        {**{k: v for k, v in group.items() if k != "params"}, "params": list(names)}
+        for group, names in zip(base.param_groups, group_names, strict=True)
+    ]
+    return {"state": state, "param_groups": groups}
+
+
+def load_optimizer_state(
+    module: nn.Module, engine: nn.Module, base: Optimizer, group_names: list[list[str]], saved: Mapping[str, Any]
+) -> None:
+    """Put back what :func:`optimizer_state`, or another strategy, gave. Every rank must call this.
+
+    Raises:
+        CheckpointError: the saved groups name other parameters.
+    """
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    theirs = [sorted(group["params"]) for group in saved["param_groups"]]
+    if theirs != [sorted(names) for names in group_names]:
+        raise CheckpointError(
+            f"The checkpoint's optimizer must step the same parameters in the same {len(group_names)} groups, but has"
+            f" {len(theirs)} groups with {sum(map(len, theirs))} parameters instead of {sum(map(len, group_names))}."
+        )
+    params = dict(module.named_parameters())
+    flat_keys, _ = _keys(base)
+    for name, values in saved["state"].items():
+        param = params[name]
+        for key in flat_keys:
+            if key not in values:
+                raise CheckpointError(f"The checkpoint must hold {key!r} of {name}, but does not: another optimizer.")
+            if hasattr(param, "ds_id"):
+                safe_set_local_optimizer_state(param, partition(param, values[key]), key)
+            else:
+                safe_set_full_optimizer_state(param, values[key].to(param.device, torch.float32), key)
+        if MASTER in values:
+            _set_master(param, values[MASTER])
+    first: Mapping[str, Any] = next(iter(saved["state"].values()), {})
+    for own in base.state.values():
+        for key in [k for k in own if k not in flat_keys and k in first]:
+            own[key] = first[key].clone() if isinstance(first[key], Tensor) else first[key]
+    for group, stored in zip(base.param_groups, saved["param_groups"], strict=True):
+        group.update({k: v for k, v in stored.items() if k not in ("params", "foreach", "fused")})
+
+
+def _keys(base: Optimizer) -> tuple[list[str], dict[str, Any]]:
+    """Names of the flat tensors in the optimizer's state, and its scalars, which all parameters share."""
+    for flat, values in base.state.items():
+        keys = [k for k, v in values.items() if isinstance(v, Tensor) and v.numel() == flat.numel() and v.dim() > 0]
+        return keys, {k: v for k, v in values.items() if k not in keys}
+    return [], {}
+
