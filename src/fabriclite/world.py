@@ -45,8 +45,11 @@ class World:
 
 
 def described_by(env: Mapping[str, str]) -> bool:
-    """Whether an external launcher (torchrun and its kin) has described this process in ``env``."""
-    return "RANK" in env or "WORLD_SIZE" in env or "LOCAL_RANK" in env
+    """Whether an external launcher (torchrun and its kin) has described this process in ``env``.
+
+    LOCAL_RANK alone does not count: libraries set it by themselves.
+    """
+    return "RANK" in env or "WORLD_SIZE" in env
 
 
 def local_size(env: Mapping[str, str]) -> int:

@@ -1,23 +1,10 @@
 """What other libraries must find in the environment."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
-def use_cpu_in_deepspeed() -> None:
-    """Make deepspeed compute on the CPU. It reads this once, when it is imported."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-
-
-@contextmanager
-def local_rank_for_deepspeed(local_rank: int) -> Iterator[None]:
-    """Say LOCAL_RANK, which deepspeed insists on, also where no launcher did; undone after."""
-    if "LOCAL_RANK" in os.environ:
-        yield
-        return
-    os.environ["LOCAL_RANK"] = str(local_rank)
-    try:
-        yield
-    finally:
-        del os.environ["LOCAL_RANK"]
+def prepare_for_deepspeed(device_type: str, local_rank: int) -> None:
+    """Tell deepspeed its accelerator, which it reads once on import, and its local rank, which it reads at every step."""
+    if device_type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))

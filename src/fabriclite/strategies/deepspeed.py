@@ -18,7 +18,7 @@ from fabriclite import gradients
 from fabriclite.birth.plan import Birth, InitPlan
 from fabriclite.birth.settle import settle
 from fabriclite.errors import ConfigError, SetupOrderError
-from fabriclite.launch.environment import local_rank_for_deepspeed, use_cpu_in_deepspeed
+from fabriclite.launch.environment import prepare_for_deepspeed
 from fabriclite.precision import Precision
 from fabriclite.strategies import _shared, _zero
 from fabriclite.strategies.configs import DeepSpeedStrategy
@@ -55,7 +55,7 @@ class DeepSpeed(Strategy):
             world=world,
             precision=precision,
             scaler=GradScaler(world.device.type, enabled=False),  # DeepSpeed scales float16 losses itself
-            library=_import_deepspeed(world.device),
+            library=_import_deepspeed(world),
             engines=WeakSet(),
             group_names=WeakKeyDictionary(),
             unstepped=WeakSet(),
@@ -81,10 +81,9 @@ class DeepSpeed(Strategy):
         names = {id(p): name for name, p in module.named_parameters()}
         group_names = [[names[id(p)] for p in group["params"]] for group in optimizers[0].param_groups]
         document = engine_config(self.config, self.precision, sum(p.numel() for p in module.parameters()))
-        with local_rank_for_deepspeed(self.world.local_rank):
-            engine, _, _, _ = self.library.initialize(
-                model=module, optimizer=optimizers[0], config=document, dist_init_required=False
-            )
+        engine, _, _, _ = self.library.initialize(
+            model=module, optimizer=optimizers[0], config=document, dist_init_required=False
+        )
         self.engines.add(engine)
         self.group_names[engine] = group_names
         return engine, [EngineOptimizer(engine, optimizers[0], self.unstepped)]
@@ -272,14 +271,13 @@ def engine_config(config: DeepSpeedStrategy, precision: Precision, numel: int) -
     return document
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def _import_deepspeed(world: World) -> Any:
     """Import deepspeed, quietly and for this device, on the process group that exists.
 
     Raises:
         ConfigError: it is not installed.
     """
-    if device.type == "cpu":
-        use_cpu_in_deepspeed()
+    prepare_for_deepspeed(world.device.type, world.local_rank)
     try:
         import deepspeed
     except ImportError as error:
@@ -287,7 +285,7 @@ def _import_deepspeed(device: torch.device) -> Any:
             f"strategy 'deepspeed' must find the package deepspeed, but: {error}. Run: pip install fabriclite[deepspeed]"
         ) from error
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    if device.type == "cpu":
+    if world.device.type == "cpu":
         # Else init_distributed compiles a shared-memory all-reduce with the C++ compiler: 23 to 106 s.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
