@@ -3,6 +3,7 @@
 Each was read in torch 2.11 and 2.13. Nothing else in the package touches an underscore of torch.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,15 @@ def ddp_enter(ddp: DistributedDataParallel) -> Callable[[Any], Any]:
     """
     ddp._pre_forward()
     return ddp._post_forward  # type: ignore[no-any-return]
+
+
+def ddp_buffer_option(broadcast: bool) -> dict[str, Any]:
+    """DDP's option for sending buffers before forward: ``broadcast_buffers`` until 2.12, then ``forward_sync_buffers``.
+
+    Nothing private, but the one place that tells the versions apart; goes when 2.13 is the oldest torch supported.
+    """
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": broadcast}
 
 
 def fsdp_enter(module: "FSDPModule") -> Callable[[Any], Any]:

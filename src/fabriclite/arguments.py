@@ -2,8 +2,11 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
 
 from fabriclite.devices import Machine, pick_accelerator, pick_devices, summary
 from fabriclite.errors import ConfigError, WorldError
@@ -112,13 +115,51 @@ def check_function(function: object) -> None:
         raise ConfigError(f"`function` must be callable as function(fabric, ...), but is {function!r}.")
 
 
-def check_clipping(clip_val: object, max_norm: object) -> None:
-    """Raise unless exactly one of the two is given, as a positive number."""
+def check_scheduler(scheduler: Any, optimizers: Sequence[Optimizer]) -> None:
+    """Raise unless ``scheduler`` is ``None`` or sets the learning rate of one of ``optimizers``.
+
+    Raises:
+        ConfigError: it is no scheduler, or one of another optimizer.
+    """
+    if scheduler is None or any(getattr(scheduler, "optimizer", None) is o for o in optimizers):
+        return
+    of = getattr(scheduler, "optimizer", None)
+    found = f"{type(scheduler).__name__} is of another {type(of).__name__}" if of else f"is {scheduler!r}"
+    raise ConfigError(
+        f"`scheduler` must be of an optimizer that is set up in the same call, but {found}."
+        " Write fabric.setup(model, optimizer, scheduler=SomeLR(optimizer, ...))."
+    )
+
+
+def number(name: str, value: Any) -> Any:
+    """A tensor of one element as a Python number; anything else as it is.
+
+    Raises:
+        ConfigError: the tensor has more elements, or none.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    if value.numel() != 1:
+        raise ConfigError(
+            f"A metric must be a number or a tensor of one element, but {name!r} has shape {tuple(value.shape)}."
+            " Reduce it first, with .mean() say."
+        )
+    return value.item()
+
+
+def check_clipping(clip_val: object, max_norm: object, norm_type: object = 2.0) -> None:
+    """Raise unless exactly one of the first two is given, as a positive number, and the norm has a meaning.
+
+    Raises:
+        ConfigError: see above.
+    """
     if (clip_val is None) == (max_norm is None):
         raise ConfigError(
             "`clip_gradients` must get exactly one of `clip_val` and `max_norm`, but got"
-            f" clip_val={clip_val!r} and max_norm={max_norm!r}."
+            f" clip_val={clip_val!r} and max_norm={max_norm!r}. Keep one."
         )
     name, value = ("clip_val", clip_val) if max_norm is None else ("max_norm", max_norm)
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise ConfigError(f"`{name}` must be a number above 0, but is {value!r}.")
+    if norm_type != "inf" and (not isinstance(norm_type, int | float) or not norm_type > 0):
+        raise ConfigError(f"`norm_type` must be a number above 0 or inf, but is {norm_type!r}.")

@@ -1,7 +1,7 @@
 """Who was set up: modules, their optimizers, and which parameters replaced which."""
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,9 +28,24 @@ class Books:
         """Raise unless ``module`` is one, and new."""
         if not isinstance(module, nn.Module):
             raise ConfigError(f"`module` must be a torch.nn.Module, but is {type(module).__name__}.")
+        inner = unwrap(module)
+        name = type(inner).__name__
         if self.knows_module(module):
-            name = type(unwrap(module)).__name__
             raise SetupOrderError(f"A module must be set up once, but this {name} was already. Use what setup returned.")
+        if inner is not module:
+            raise SetupOrderError(
+                f"A module must be set up by one Fabric, but this {name} was by another. Keep one Fabric."
+            )
+
+    def check_optimizers(self, optimizers: Sequence[Any], module: nn.Module | None = None) -> None:
+        """Raise unless each could be set up now, and none is there twice."""
+        for place, optimizer in enumerate(optimizers):
+            self.check_optimizer(optimizer, module)
+            if any(optimizer is other for other in optimizers[:place]):
+                name = type(optimizer).__name__
+                raise SetupOrderError(
+                    f"An optimizer must be set up once, but this {name} was passed twice. Pass it once."
+                )
 
     def check_optimizer(self, optimizer: Any, module: nn.Module | None = None) -> None:
         """Raise unless ``optimizer`` is one, new, and steps only parameters of ``module`` or of modules set up."""

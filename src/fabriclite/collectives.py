@@ -41,8 +41,8 @@ def broadcast(world: World, obj: T, src: int = 0) -> T:
     Raises:
         ConfigError: ``src`` is no rank of the world.
     """
-    if not 0 <= src < world.size:
-        raise ConfigError(f"`src` must be a rank in [0, {world.size}), but is {src}.")
+    if not isinstance(src, int) or not 0 <= src < world.size:
+        raise ConfigError(f"`src` must be a rank in [0, {world.size}), but is {src!r}.")
     if world.size == 1:
         return obj
     box = [obj]

@@ -97,6 +97,7 @@ def shard(loader: DataLoader[Any], replicas: int, index: int, seed: int) -> Data
             return loader
         return _again(loader, batch_sampler=ShardedSampler(loader.batch_sampler, replicas, index, seed))
     if plain:
+        _check_length(loader.dataset)
         sampler: Any = EpochSampler(
             loader.dataset,
             num_replicas=replicas,
@@ -112,6 +113,14 @@ def shard(loader: DataLoader[Any], replicas: int, index: int, seed: int) -> Data
     if loader.batch_size is None:
         return _again(loader, sampler=sampler, batch_size=None)
     return _again(loader, sampler=sampler, batch_size=loader.batch_size, drop_last=loader.drop_last)
+
+
+def _check_length(dataset: object) -> None:
+    if not isinstance(dataset, Sized):
+        raise ConfigError(
+            f"The dataset of a data loader must have a length to be split over ranks, but {type(dataset).__name__} has"
+            " none. Give it __len__, or make it an IterableDataset that splits itself."
+        )
 
 
 def _is_distributed(loader: DataLoader[Any]) -> bool:

@@ -235,15 +235,13 @@ class Fabric:
         """
         strategy = self._running
         self._books.check_module(module)
-        for optimizer in optimizers:
-            self._books.check_optimizer(optimizer, module)
+        self._books.check_optimizers(optimizers, module)
         if strategy.joint_setup and not optimizers and any(p.requires_grad for p in module.parameters()):
             raise SetupOrderError(
                 f"With {type(self._config).__name__} module and optimizer must be set up together, but `setup` got no"
                 " optimizer. Write model, optimizer = fabric.setup(model, optimizer)."
             )
-        if scheduler is not None and not any(scheduler.optimizer is o for o in optimizers):
-            raise ConfigError("`scheduler` must be of an optimizer that is set up in the same call, but is of another.")
+        arguments.check_scheduler(scheduler, optimizers)
         module = _torch.compile_in_place(module)
         bindings = optim.bind(module)
         engine, stepping = strategy.setup(module, optimizers, move_to_device)
@@ -278,8 +276,8 @@ class Fabric:
             )
         if not optimizers:
             raise ConfigError("`setup_optimizers` must get at least one optimizer, but got none.")
+        self._books.check_optimizers(optimizers)
         for optimizer in optimizers:
-            self._books.check_optimizer(optimizer)
             self._books.enter_optimizer(optimizer, strategy)
         return optimizers if len(optimizers) > 1 else optimizers[0]
 
@@ -310,7 +308,9 @@ class Fabric:
             if not isinstance(loader, DataLoader):
                 raise ConfigError(f"`dataloaders` must be DataLoader objects, but one is {type(loader).__name__}.")
             if type(loader) is loaders.FabricDataLoader:
-                raise SetupOrderError("A data loader must be set up once, but this one was already.")
+                raise SetupOrderError(
+                    "A data loader must be set up once, but this one was already. Use what setup_dataloaders returned."
+                )
             if use_distributed_sampler:
                 generator = getattr(loader.sampler, "generator", None) or loader.generator
                 own = torch.initial_seed() if generator is None else generator.initial_seed()
@@ -330,7 +330,16 @@ class Fabric:
             args: for ``Tensor.backward``.
             model: the module it came from, where the strategy cannot tell (several under DeepSpeed).
             kwargs: for ``Tensor.backward``.
+
+        Raises:
+            ConfigError: ``tensor`` is none.
+            SetupOrderError: ``model`` was not set up, or the strategy cannot tell where the loss came from.
         """
+        if not isinstance(tensor, Tensor):
+            raise ConfigError(
+                f"`tensor` must be a Tensor to differentiate, but is {type(tensor).__name__}."
+                " Pass the loss itself, not loss.item() or a model's whole output."
+            )
         self._running.backward(None if model is None else self._books.engine(model), tensor, *args, **kwargs)
 
     def clip_gradients(
@@ -357,10 +366,12 @@ class Fabric:
 
         Raises:
             ConfigError: not exactly one of ``clip_val`` and ``max_norm``, or not above 0.
+            SetupOrderError: module or optimizer was not set up.
             NonFiniteGradientError: see ``error_if_nonfinite``.
         """
-        arguments.check_clipping(clip_val, max_norm)
+        arguments.check_clipping(clip_val, max_norm, norm_type)
         engine = self._books.engine(module)
+        self._books.engine_of(optimizer)
         if clip_val is not None:
             self._running.clip_grad_value(engine, optimizer, float(clip_val))
             return None
@@ -476,10 +487,10 @@ class Fabric:
         session.load_raw(path, self._part({"obj": obj}, "obj"), strict, weights_only)
 
     def _parts(self, state: Any) -> "dict[str, Part]":
-        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-            raise ConfigError(
-                f"`state` must be a dictionary with names, such as {{'model': model}}, but is {type(state).__name__}."
-            )
+        odd = [key for key in state if not isinstance(key, str)] if isinstance(state, dict) else []
+        if odd or not isinstance(state, dict):
+            found = f"has the key {odd[0]!r}" if odd else f"is {type(state).__name__}"
+            raise ConfigError(f"`state` must be a dictionary with names, such as {{'model': model}}, but {found}.")
         return {key: self._part(state, key) for key in state}
 
     def _part(self, state: dict[str, Any], key: str) -> "Part":
@@ -528,7 +539,7 @@ class Fabric:
         """Hand numbers (or tensors of one element) to every logger."""
         if not self._loggers:
             return
-        numbers = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
+        numbers = {name: arguments.number(name, value) for name, value in metrics.items()}
         for logger in self._loggers:
             logger.log_metrics(metrics=numbers, step=step)
 

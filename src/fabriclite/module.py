@@ -7,7 +7,7 @@ the ones an optimizer may hold.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, Final
 
@@ -177,12 +177,17 @@ def _load_state_dict(self: FabricModule, state_dict: Any, strict: bool = True, a
             "`assign` must be False after setup, but is True: an optimizer would keep the tensors it replaces."
             " Load without it."
         )
+    if not isinstance(state_dict, Mapping):
+        raise ConfigError(
+            f"`state_dict` must map names to tensors, but is {type(state_dict).__name__}."
+            " For a file, use fabric.load or fabric.load_raw."
+        )
     self._fl_strategy.load_state_dict(self._fl_engine, state_dict, strict)
 
 
 def _mark_forward_method(self: FabricModule, method: str | Callable[..., Any]) -> None:
     """Gather everything for the whole of a method, also for parameters it uses before it calls any submodule."""
-    name = method if isinstance(method, str) else method.__name__
+    name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
     if not callable(getattr(self._fl_module, name, None)):
         raise ConfigError(f"`method` must name a method of {type(self._fl_module).__name__}, but is {name!r}.")
     self._fl_marked.add(name)

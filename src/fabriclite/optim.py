@@ -34,7 +34,10 @@ def check_fresh(optimizer: object) -> None:
         SetupOrderError: it already holds state.
     """
     if not isinstance(optimizer, Optimizer):
-        raise ConfigError(f"`optimizers` must be torch.optim.Optimizer objects, but one is {type(optimizer).__name__}.")
+        raise ConfigError(
+            f"`optimizers` must be torch.optim.Optimizer objects, but one is {type(optimizer).__name__}."
+            " Pass a scheduler as scheduler=..."
+        )
     if optimizer.state:
         raise SetupOrderError(
             f"The {type(optimizer).__name__} must be new when it is set up, but already holds state for"

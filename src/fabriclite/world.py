@@ -54,7 +54,11 @@ def described_by(env: Mapping[str, str]) -> bool:
 
 def local_size(env: Mapping[str, str]) -> int:
     """How many processes a launcher started on this machine."""
-    return _number(env, "LOCAL_WORLD_SIZE", default=_number(env, "WORLD_SIZE", default=1))
+    name = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in env else "WORLD_SIZE"
+    size = _number(env, name, default=1)
+    if size < 1:
+        raise WorldError(f"{name} must be at least 1, but is {size}. Launch with torchrun, which sets it.")
+    return size
 
 
 def from_env(env: Mapping[str, str], device_for: Mapping[int, torch.device]) -> World:
@@ -77,8 +81,8 @@ def from_env(env: Mapping[str, str], device_for: Mapping[int, torch.device]) -> 
     local_rank = _number(env, "LOCAL_RANK")
     if local_rank not in device_for:
         raise WorldError(
-            f"LOCAL_RANK must be less than the number of devices used on this machine ({len(device_for)}),"
-            f" but is {local_rank}. Start one process per device."
+            f"LOCAL_RANK must be in [0, {len(device_for)}), the devices used on this machine, but is {local_rank}."
+            " Start one process per device."
         )
     return World(
         rank=_number(env, "RANK"),
@@ -96,4 +100,6 @@ def _number(env: Mapping[str, str], key: str, default: int | None = None) -> int
     try:
         return int(env[key])
     except ValueError:
-        raise WorldError(f"{key} must be a whole number, but is {env[key]!r}.") from None
+        raise WorldError(
+            f"{key} must be a whole number, but is {env[key]!r}. Launch with torchrun, which sets it."
+        ) from None

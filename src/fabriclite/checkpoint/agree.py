@@ -18,10 +18,12 @@ def on_rank_zero(world: World, act: Callable[[], None], what: str) -> None:
         try:
             act()
         except Exception as error:
-            failure = f"{type(error).__name__}: {error}"
+            failure = f"{type(error).__name__}: {str(error).rstrip('.')}."
+            if isinstance(error, OSError):
+                failure += " Choose a path that can be written."
     failure = broadcast(world, failure)
     if failure is not None:
-        raise CheckpointError(f"Rank 0 must be able to {what}, but could not: {failure}.")
+        raise CheckpointError(f"Rank 0 must be able to {what}, but could not: {failure}")
 
 
 def on_all(world: World, act: Callable[[], None], what: str) -> None:

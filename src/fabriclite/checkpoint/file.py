@@ -1,6 +1,9 @@
 """A checkpoint in one file: full tensors, written by rank 0, read by every rank through a memory map."""
 
 import os
+import shutil
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fabriclite import optim_state, shards
+from fabriclite.checkpoint import folder
 from fabriclite.checkpoint.agree import on_rank_zero
 from fabriclite.checkpoint.parts import OptimizerPart, Part
 from fabriclite.errors import CheckpointError
@@ -27,10 +31,14 @@ def save(world: World, path: Path, parts: Mapping[str, Part], filters: Mapping[s
     content.update(extra)
 
     def write() -> None:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; this strategy writes one file")
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.writing")
         try:
             torch.save(content, beside)
+            if path.is_dir() and folder.is_checkpoint(path):  # an older checkpoint of the other form
+                shutil.rmtree(path)
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
@@ -63,10 +71,20 @@ def read(path: Path, weights_only: bool) -> dict[str, Any]:
         CheckpointError: it cannot be read, or holds objects that only code could restore.
     """
     try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        # Files of torch before 1.6 are no zip archives, and cannot be mapped.
+        content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=weights_only)
     except Exception as error:
-        hint = " Pass weights_only=False if you trust its author." if "weights_only" in str(error).lower() else ""
-        raise CheckpointError(f"{path} must be a readable checkpoint file, but: {error}.{hint}") from error
+        raise CheckpointError(f"{path} must be a readable checkpoint file, but {_reason(error, path)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a dictionary, but holds {type(content).__name__}.")
     return content
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """What torch found and how to mend it, less the advice it gives to every caller of ``torch.load``."""
+    _, refused, text = str(error).rpartition("WeightsUnpickler error: ")
+    text = text.strip().partition("\n")[0].rstrip(".")
+    code = re.search(r"GLOBAL (\S+) was not an allowed global", text)
+    if code is not None or (refused and zipfile.is_zipfile(path)):  # the file is whole: only its content is refused
+        return f"needs code to restore {code[1] if code else text}. Pass weights_only=False if you trust its author."
+    return f"{type(error).__name__}: {text}. It was cut short or is of another kind: load another one."

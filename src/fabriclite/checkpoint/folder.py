@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from fabriclite.checkpoint import file
 from fabriclite.checkpoint.agree import on_all, on_rank_zero
 from fabriclite.checkpoint.parts import ModulePart, OptimizerPart, Part, rest_of, tensors_of
 from fabriclite.errors import CheckpointError
@@ -31,8 +32,6 @@ def save(world: World, path: Path, parts: Mapping[str, Part], filters: Mapping[s
     beside = path.with_name(f".{path.name}.writing")
 
     def prepare() -> None:
-        if path.is_file():
-            raise FileExistsError(f"{path} is a file; shards need a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
@@ -53,8 +52,10 @@ def save(world: World, path: Path, parts: Mapping[str, Part], filters: Mapping[s
 
     def publish() -> None:
         torch.save(rest, beside / META)
-        if path.exists():
+        if path.is_dir():
             shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)  # an older checkpoint of the other form
         os.replace(beside, path)
 
     on_rank_zero(world, publish, f"write the checkpoint {path}")
@@ -66,14 +67,18 @@ def _write_shards(tensors: dict[str, Tensor], path: Path) -> None:
 
 def read_rest(path: Path, weights_only: bool) -> dict[str, Any]:
     """What is no shard: plain values, and of modules and optimizers all but their tensors."""
-    rest = torch.load(path / META, map_location="cpu", weights_only=weights_only)
-    assert isinstance(rest, dict)  # written by save above
-    return rest
+    return file.read(path / META, weights_only)
 
 
 def shapes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Name, global shape and dtype of every tensor in the folder."""
-    metadata = dcp.FileSystemReader(path).read_metadata()
+    try:
+        metadata = dcp.FileSystemReader(path).read_metadata()
+    except Exception as error:  # unpickled, so anything
+        raise CheckpointError(
+            f"{path / '.metadata'} must be readable, but {type(error).__name__}: {str(error).rstrip('.')}."
+            " It was cut short: load another checkpoint."
+        ) from error
     return {
         name: (item.size, item.properties.dtype)
         for name, item in metadata.state_dict_metadata.items()
@@ -135,7 +140,11 @@ def _read(path: Path, key: str, target: Mapping[str, Tensor]) -> None:
                 {f"{key}.{n}": t for n, t in target.items()}, checkpoint_id=path, no_dist=not dist.is_initialized()
             )
         except dcp.api.CheckpointException as error:  # a BaseException: it would pass every `except Exception`
-            raise CheckpointError(f"{path} must be readable, but: {error}") from error
+            first = next(iter(error.failures.values()))[0]
+            raise CheckpointError(
+                f"{path} must hold readable shards, but {type(first).__name__}: {str(first) or 'no more data'}."
+                " It is incomplete: load another checkpoint."
+            ) from error
 
 
 def _nested(flat: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:

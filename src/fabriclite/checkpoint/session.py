@@ -26,6 +26,11 @@ def save(
         ConfigError: a filter names nothing that is saved.
         CheckpointError: it cannot be written; raised on every rank.
     """
+    if filters is not None and not isinstance(filters, Mapping):
+        raise ConfigError(
+            f"`filter` must map keys of the state to functions (name, value) -> bool, but is {filters!r}."
+            " Write filter={'model': keep}."
+        )
     filters = dict(filters or {})
     unknown = [key for key in filters if key not in parts]
     if unknown or any(not callable(f) for f in filters.values()):
@@ -34,7 +39,7 @@ def save(
             f" {filters!r}."
         )
     if EXTRA in parts:
-        raise ConfigError(f"`state` must not have the key {EXTRA!r}, which is fabriclite's own. Rename it.")
+        raise ConfigError(f"`state` must not have the key {EXTRA!r}, which is fabriclite's own, but has it. Rename it.")
     states = gather_objects(strategy.world, seed.rng_state())
     extra = {EXTRA: {"version": _VERSION, "scaler": strategy.scaler.state_dict(), "rng": states}}
     write = folder.save if strategy.sharded_checkpoint else file.save
@@ -98,5 +103,6 @@ def load_raw(path: str | Path, part: Part, strict: bool, weights_only: bool) -> 
     """Load a file that holds nothing but a state dict (``torch.save(model.state_dict(), path)``)."""
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path} must be a file with a state dict, but {'is a folder' if path.is_dir() else 'does not exist'}.")
+        found = "is a folder. Read what fabric.save wrote with fabric.load" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"{path} must be a file with a state dict, but {found}.")
     part.load(file.read(path, weights_only), strict)

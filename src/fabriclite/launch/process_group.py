@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from fabriclite.errors import WorldError
+from fabriclite.errors import ConfigError, WorldError
 from fabriclite.world import World
 
 
@@ -17,6 +17,7 @@ def join(world: World, backend: str | None, timeout: timedelta) -> None:
     A world of one meets nobody, so it needs no address and no port.
 
     Raises:
+        ConfigError: this build of torch has no such backend.
         WorldError: the existing group is of another world, or the others cannot be reached.
     """
     if dist.is_initialized():
@@ -27,6 +28,7 @@ def join(world: World, backend: str | None, timeout: timedelta) -> None:
             )
         return
     name = backend or default_backend(world.device)
+    check_backend(name)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if world.size == 1:
@@ -46,6 +48,22 @@ def _meet(world: World, backend: str, timeout: timedelta) -> None:
     dist.init_process_group(
         backend, init_method="env://", rank=world.rank, world_size=world.size, timeout=timeout
     )
+
+
+def check_backend(name: object) -> None:
+    """Raise unless this build of torch has every backend in ``"gloo"`` or ``"cpu:gloo,cuda:nccl"``.
+
+    Raises:
+        ConfigError: it lacks one.
+    """
+    parts = [part.rpartition(":")[2].strip().lower() for part in name.split(",")] if isinstance(name, str) else [""]
+    if not all(dist.is_backend_available(part) for part in parts):
+        known = [k for k in dist.Backend.backend_list if k not in ("undefined", "fake")]
+        present = [k for k in known if dist.is_backend_available(k)]
+        raise ConfigError(
+            f"`process_group_backend` must be None or a backend that this torch has ({', '.join(present)}), but is"
+            f" {name!r}. Leave it out to choose by device."
+        )
 
 
 def default_backend(device: torch.device) -> str:

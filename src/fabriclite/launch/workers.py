@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 
-from fabriclite.errors import LaunchError
+from fabriclite.errors import ConfigError, LaunchError
 from fabriclite.launch.process_group import leave
 
 _HOST: Final = "127.0.0.1"
@@ -129,6 +129,7 @@ def run_function(
         method: ``"fork"``, ``"spawn"`` or ``"forkserver"``.
 
     Raises:
+        ConfigError: function or arguments cannot be pickled, and must be.
         LaunchError: a process failed; the message is the traceback of the first one that did.
     """
     context = mp.get_context(method)
@@ -144,7 +145,7 @@ def run_function(
         process = context.Process(
             target=_work, args=(writer, rank, env, threads, function, args, dict(kwargs)), daemon=False
         )
-        process.start()
+        _start(process, method)
         writer.close()
         readers.append(reader)
         processes.append(process)
@@ -154,6 +155,16 @@ def run_function(
         first = failures[0]
         raise LaunchError(f"Rank {first.rank} of {size} failed:\n\n{first.error}")
     return next(o.value for o in outcomes if o.rank == 0)
+
+
+def _start(process: Any, method: str) -> None:
+    try:
+        process.start()
+    except (pickle.PicklingError, AttributeError, TypeError) as error:  # before the process exists
+        raise ConfigError(
+            f"What `launch` gets must be picklable with start_method {method!r}, but is not: {error}. Define the"
+            " function at the top level of a file, or use start_method 'fork'."
+        ) from error
 
 
 def _work(

@@ -33,6 +33,10 @@ def apply(
     mixed = mixed_precision(precision)
     # Pinned memory needs an accelerator to copy to.
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
+    if precision.mixed:
+        for norm in [sub for sub in module.modules() if isinstance(sub, nn.modules.batchnorm._BatchNorm)]:
+            # Its running statistics are float32, and torch's kernel takes parameters of their dtype only.
+            fully_shard(norm, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=offload)
     for name in wrap_units(module, policy):
         unit = module.get_submodule(name)
         if not isinstance(unit, FSDPModule):

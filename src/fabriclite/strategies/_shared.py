@@ -143,14 +143,22 @@ def check_fits(own: Mapping[str, Any], state: Mapping[str, Any], strict: bool) -
     missing = [k for k in own if k not in state]
     unexpected = [k for k in state if k not in own]
     wrong = [
-        f"{k}: {tuple(own[k].shape)} here, {tuple(v.shape)} in the checkpoint"
+        f"{k}: {_look(own[k])} here, {_look(v)} in the checkpoint"
         for k, v in state.items()
-        if k in own and isinstance(v, Tensor) and isinstance(own[k], Tensor) and v.shape != own[k].shape
+        if isinstance(own.get(k), Tensor) and _look(v) != _look(own[k])
     ]
+    names = f"missing: {missing or 'none'}; unexpected: {unexpected or 'none'}."
     if wrong:
-        raise CheckpointError(f"Shapes must agree with the checkpoint's, but do not: {'; '.join(wrong)}.")
+        also = f" Also {names}" if strict and (missing or unexpected) else ""
+        raise CheckpointError(
+            f"Shapes must agree with the checkpoint's, but do not: {'; '.join(wrong)}.{also}"
+            " Build the model with the sizes it was saved with."
+        )
     if strict and (missing or unexpected):
         raise CheckpointError(
-            f"The checkpoint must hold just the module's keys, but missing: {missing or 'none'};"
-            f" unexpected: {unexpected or 'none'}. Pass strict=False to load what fits."
+            f"The checkpoint must hold just the module's keys, but {names} Pass strict=False to load what fits."
         )
+
+
+def _look(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else f"no tensor but {type(value).__name__}"

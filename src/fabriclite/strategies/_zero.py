@@ -143,7 +143,7 @@ def optimizer_state(
         param = params[name]
         shape = getattr(param, "ds_shape", param.shape)
         values = {k: safe_get_full_optimizer_state(param, k).reshape(shape).cpu().clone() for k in flat_keys}
-        values.update({k: v.clone() if isinstance(v, Tensor) else v for k, v in scalars.items()})
+        values.update({k: _copy(v) for k, v in scalars.items()})
         if masters:
             values[MASTER] = safe_get_full_fp32_param(param).reshape(shape).cpu().clone()
         state[name] = values
@@ -171,6 +171,10 @@ def load_optimizer_state(
             f" {len(theirs)} groups with {sum(map(len, theirs))} parameters instead of {sum(map(len, group_names))}."
         )
     params = dict(module.named_parameters())
+    if not saved["state"]:
+        base.state.clear()  # saved before its first step
+    elif not base.state:
+        _make_room(engine, base, params, saved["state"])
     flat_keys, _ = _keys(base)
     for name, values in saved["state"].items():
         param = params[name]
@@ -186,9 +190,35 @@ def load_optimizer_state(
     first: Mapping[str, Any] = next(iter(saved["state"].values()), {})
     for own in base.state.values():
         for key in [k for k in own if k not in flat_keys and k in first]:
-            own[key] = first[key].clone() if isinstance(first[key], Tensor) else first[key]
+            own[key] = _copy(first[key])
     for group, stored in zip(base.param_groups, saved["param_groups"], strict=True):
         group.update({k: v for k, v in stored.items() if k not in ("params", "foreach", "fused")})
+
+
+def _make_room(
+    engine: nn.Module, base: Optimizer, params: Mapping[str, nn.Parameter], saved: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Give an optimizer that never stepped the state tensors that its first step would, one per flat partition."""
+    zero = cast(Any, engine).optimizer
+    stage_3_flats = getattr(zero, "fp32_partitioned_groups_flat", None)
+    flats = stage_3_flats if stage_3_flats is not None else [p for g in base.param_groups for p in g["params"]]
+    name, values = next(iter(saved.items()))
+    shape = torch.Size(getattr(params[name], "ds_shape", params[name].shape))
+    for flat in flats:
+        base.state[flat] = {
+            key: torch.zeros_like(flat, requires_grad=False)
+            if isinstance(value, Tensor) and value.shape == shape and value.dim() > 0
+            else _copy(value)
+            for key, value in values.items()
+            if key != MASTER
+        }
+    if stage_3_flats is None:
+        # Stages 1 and 2 (and their bfloat16 optimizer) link parameters to state at the first step; loading needs it now.
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _keys(base: Optimizer) -> tuple[list[str], dict[str, Any]]:

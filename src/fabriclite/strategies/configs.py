@@ -87,12 +87,17 @@ class DDPStrategy:
     def __post_init__(self) -> None:
         _check_start_method(self.start_method)
         _check_timeout(self.timeout)
+        _check_callable("ddp_comm_hook", self.ddp_comm_hook, "hook(state, bucket) -> Future[Tensor]")
+        if self.bucket_cap_mb is not None and not _is_count(self.bucket_cap_mb):
+            raise ConfigError(
+                f"`bucket_cap_mb` must be None or a whole number of MiB of at least 1, but is {self.bucket_cap_mb!r}."
+            )
         if self.ddp_comm_state is not None and self.ddp_comm_hook is None:
             raise ConfigError("`ddp_comm_state` must come with a `ddp_comm_hook`, but there is none. Give both.")
         if self.find_unused_parameters and self.static_graph:
             raise ConfigError(
-                "`find_unused_parameters` and `static_graph` must not both be True: a static graph finds unused"
-                " parameters once by itself. Keep one."
+                "`find_unused_parameters` and `static_graph` must not both be True, but are: a static graph finds"
+                " unused parameters once by itself. Keep one."
             )
 
     def check_world(self, size: int) -> None:
@@ -139,8 +144,8 @@ class FSDPStrategy:
         _check_timeout(self.timeout)
         _check_wrap_policy(self.auto_wrap_policy)
         _check_choice("state_dict_type", self.state_dict_type, ("sharded", "full"))
-        mesh = self.device_mesh
-        if mesh is not None and (len(mesh) != 2 or any(not isinstance(n, int) or n < 1 for n in mesh)):
+        mesh: object = self.device_mesh
+        if mesh is not None and not (isinstance(mesh, tuple | list) and len(mesh) == 2 and all(map(_is_count, mesh))):
             raise ConfigError(
                 f"`device_mesh` must be two sizes (replicate, shard) of at least 1, but is {mesh!r}. Example: (2, 4)."
             )
@@ -198,13 +203,19 @@ class ModelParallelStrategy:
         _check_start_method(self.start_method)
         _check_timeout(self.timeout)
         _check_wrap_policy(self.auto_wrap_policy)
+        _check_callable("parallelize_fn", self.parallelize_fn, "fn(module, mesh) -> module")
         if self.plan is not None and self.parallelize_fn is not None:
-            raise ConfigError("`plan` and `parallelize_fn` must not both be given: each says the whole. Keep one.")
+            raise ConfigError("`plan` and `parallelize_fn` must not both be given, but are: each says all. Keep one.")
+        if self.plan is not None and not isinstance(self.plan, Mapping):
+            raise ConfigError(
+                f"`plan` must map name patterns to styles, but is {self.plan!r}."
+                " Example: {'blocks.*.fc1': 'colwise'}."
+            )
         if self.plan is not None and not self.plan:
             raise ConfigError("`plan` must name at least one module, but is empty. Example: {'blocks.*.fc1': 'colwise'}.")
         for name in ("data_parallel_size", "tensor_parallel_size"):
             size = getattr(self, name)
-            if size != "auto" and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            if size != "auto" and not _is_count(size):
                 raise ConfigError(f"`{name}` must be 'auto' or a whole number of at least 1, but is {size!r}.")
 
     def sizes(self, world_size: int) -> tuple[int, int]:
@@ -286,6 +297,15 @@ def _check_start_method(value: str) -> None:
 def _check_choice(name: str, value: object, known: tuple[object, ...]) -> None:
     if isinstance(value, bool) or value not in known:
         raise ConfigError(f"`{name}` must be one of {', '.join(map(repr, known))}, but is {value!r}.")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_callable(name: str, value: object, form: str) -> None:
+    if value is not None and not callable(value):
+        raise ConfigError(f"`{name}` must be None or callable as {form}, but is {value!r}.")
 
 
 def _check_timeout(value: object) -> None:

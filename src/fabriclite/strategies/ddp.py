@@ -59,7 +59,7 @@ class DDP(Strategy):
         engine = DistributedDataParallel(
             module,
             device_ids=[self.world.device.index] if self.world.device.type == "cuda" and move_to_device else None,
-            broadcast_buffers=config.broadcast_buffers,
+            **_torch.ddp_buffer_option(config.broadcast_buffers),
             find_unused_parameters=config.find_unused_parameters,
             static_graph=config.static_graph,
             gradient_as_bucket_view=config.gradient_as_bucket_view,

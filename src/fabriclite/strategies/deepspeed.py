@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -133,8 +134,8 @@ class DeepSpeed(Strategy):
         engines = list(self.engines)
         if len(engines) != 1:
             raise SetupOrderError(
-                f"With DeepSpeedStrategy `backward` must be told which of {len(engines)} modules the loss came from."
-                " Write fabric.backward(loss, model=model)."
+                f"With DeepSpeedStrategy `backward` must be told which of {len(engines)} modules the loss came from,"
+                " but was not. Write fabric.backward(loss, model=model)."
             )
         return engines[0]
 
@@ -255,6 +256,7 @@ def engine_config(config: DeepSpeedStrategy, precision: Precision, numel: int) -
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 0.0,  # the default is 1.0: every script would be clipped unasked
         "steps_per_print": 2**31,
     }
     match precision.name:
@@ -278,13 +280,19 @@ def _import_deepspeed(world: World) -> Any:
         ConfigError: it is not installed.
     """
     prepare_for_deepspeed(world.device.type, world.local_rank)
+    logging.disable(logging.WARNING)  # it announces the accelerator that it was just told
     try:
         import deepspeed
     except ImportError as error:
         raise ConfigError(
             f"strategy 'deepspeed' must find the package deepspeed, but: {error}. Run: pip install fabriclite[deepspeed]"
         ) from error
+    finally:
+        logging.disable(logging.NOTSET)
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    # Two calls of DeepSpeed 0.19 that torch 2.13 renamed warn at every step.
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", message=f".*{name}", category=FutureWarning)
     if world.device.type == "cpu":
         # Else init_distributed compiles a shared-memory all-reduce with the C++ compiler: 23 to 106 s.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

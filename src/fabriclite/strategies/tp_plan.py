@@ -56,7 +56,7 @@ def expand(module: nn.Module, plan: Mapping[str, object]) -> dict[str, ParallelS
     """``{name: style}`` of the modules that ``plan`` names. ``*`` stands for one part of a dotted name.
 
     Raises:
-        ConfigError: a pattern matches no module, or two patterns match the same one.
+        ConfigError: a pattern matches no module, or one that cannot be split, or two patterns match the same one.
     """
     names = [name for name, _ in module.named_modules() if name]
     found: dict[str, ParallelStyle] = {}
@@ -74,7 +74,17 @@ def expand(module: nn.Module, plan: Mapping[str, object]) -> dict[str, ParallelS
                     f"Each module must get one style, but {name!r} is matched by {chosen_by[name]!r} and {pattern!r}."
                 )
             found[name], chosen_by[name] = style(word, pattern), pattern
+            _check_kind(name, module.get_submodule(name), found[name])
     return found
+
+
+def _check_kind(name: str, module: nn.Module, chosen: ParallelStyle) -> None:
+    """Raise if torch cannot split such a module; found on one device already."""
+    if type(chosen) in (ColwiseParallel, RowwiseParallel) and not isinstance(module, nn.Linear | nn.Embedding):
+        raise ConfigError(
+            f"{type(chosen).__name__} must be given to a Linear or an Embedding, but {name!r} is"
+            f" {type(module).__name__}. Name the layers inside of it, or leave it out of the plan."
+        )
 
 
 def carried_by(module: nn.Module) -> Mapping[str, object]:
@@ -86,8 +96,8 @@ def carried_by(module: nn.Module) -> Mapping[str, object]:
     plan = getattr(module, "_tp_plan", None)
     if not isinstance(plan, Mapping) or not plan:
         raise ConfigError(
-            f"`plan` must be given for {type(module).__name__}, which carries no `_tp_plan` of its own. Write"
-            " ModelParallelStrategy(plan={'blocks.*.attn.wq': 'colwise', ...}) or pass parallelize_fn."
+            f"`plan` must be given for {type(module).__name__}, which carries no `_tp_plan` of its own, but is None."
+            " Write ModelParallelStrategy(plan={'blocks.*.attn.wq': 'colwise', ...}) or pass parallelize_fn."
         )
     return plan
 
