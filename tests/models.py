@@ -1,5 +1,7 @@
 """Models of the kinds users have. Each carries a tensor-parallel plan, as the example's GPT does."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,7 +12,7 @@ from gpt import GPT, GPTConfig
 class ConvNet(nn.Module):
     """Convolution and BatchNorm: buffers that change, an integer buffer, statistics of the local batch."""
 
-    _tp_plan = {"head": "colwise_gather_output"}
+    _tp_plan: ClassVar = {"head": "colwise_gather_output"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +28,7 @@ class ConvNet(nn.Module):
 class Tied(nn.Module):
     """One matrix as embedding and as output, at the root; blocks between."""
 
-    _tp_plan = {
+    _tp_plan: ClassVar = {
         "embed": "embedding_rowwise",
         "out": "colwise_gather_output",
         "blocks.*.0": "colwise",
@@ -36,9 +38,7 @@ class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(12, 8)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)) for _ in range(2)
-        )
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)) for _ in range(2))
         self.out = nn.Linear(8, 12, bias=False)
         self.out.weight = self.embed.weight
 
@@ -52,7 +52,7 @@ class Tied(nn.Module):
 class Uneven(nn.Module):
     """Seven rows, five rows, one row: nothing divides by two or four."""
 
-    _tp_plan = {"mix": "colwise_gather_output"}
+    _tp_plan: ClassVar = {"mix": "colwise_gather_output"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Uneven(nn.Module):
 class Bare(nn.Module):
     """Parameters that no module's `reset_parameters` knows, used without any submodule; one of them frozen."""
 
-    _tp_plan = {"lin": "colwise_gather_output"}
+    _tp_plan: ClassVar = {"lin": "colwise_gather_output"}
 
     def __init__(self) -> None:
         super().__init__()

@@ -47,8 +47,8 @@ def build(case: Case) -> nn.Module:
 
 
 def optimizer_for(module: nn.Module) -> torch.optim.Optimizer:
-    # eps 1e-3: Adam divides by the root of the second moment, and where a gradient is zero in exact arithmetic (the bias
-    # of attention keys) a smaller eps turns rounding noise into whole steps.
+    # eps 1e-3: Adam divides by the root of the second moment, and where a gradient is zero in exact arithmetic (the
+    # bias of attention keys) a smaller eps turns rounding noise into whole steps.
     return torch.optim.AdamW(module.parameters(), lr=1e-2, eps=1e-3)
 
 

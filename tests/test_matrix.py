@@ -57,7 +57,9 @@ def cases(strategy: str) -> list[Case]:
     else:
         chosen = [Case(model, precision) for model in MODELS for precision in PRECISIONS]
         chosen += [Case("gpt", p, form) for p in ("32-true", "bf16-mixed") for form in ("late", "accumulate", "clip")]
-        chosen += [Case(model, "32-true", form) for model in ("tied", "bare") for form in ("late", "accumulate", "clip")]
+        chosen += [
+            Case(model, "32-true", form) for model in ("tied", "bare") for form in ("late", "accumulate", "clip")
+        ]
     joint_only = strategy.startswith("zero")
     return [case for case in chosen if not (joint_only and case.form == "late")]
 
@@ -130,11 +132,7 @@ def replicas_of(strategy: str, world: int) -> int:
 
 @pytest.mark.parametrize(
     ("strategy", "world", "case"),
-    [
-        pytest.param(s, w, c, id=f"{s}-{w}-{c.model}-{c.precision}-{c.form}")
-        for s, w in WORLDS
-        for c in cases(s)
-    ],
+    [pytest.param(s, w, c, id=f"{s}-{w}-{c.model}-{c.precision}-{c.form}") for s, w in WORLDS for c in cases(s)],
 )
 def test_agrees_with_hand_written_pytorch(strategy: str, world: int, case: Case) -> None:
     result = results_of(strategy, world)[case]

@@ -28,8 +28,8 @@ __all__ = [
     "ConfigError",
     "DDPStrategy",
     "DeepSpeedStrategy",
-    "Fabric",
     "FSDPStrategy",
+    "Fabric",
     "FabricError",
     "LaunchError",
     "MaterializeError",
@@ -39,6 +39,7 @@ __all__ = [
     "SetupOrderError",
     "SingleDeviceStrategy",
     "World",
+    "WorldError",
     "seed_everything",
 ]
 

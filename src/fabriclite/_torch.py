@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map as tree_map  # its public twin, torch.utils.pytree, came after 2.11
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map as tree_map  # its public twin, torch.utils.pytree, came after 2.11
 
 if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
 
@@ -25,8 +24,8 @@ def ddp_enter(ddp: DistributedDataParallel) -> Callable[[Any], Any]:
     public way would be to run every method through ``ddp.forward``, which also runs buffers' collectives for methods
     that compute nothing.
     """
-    ddp._pre_forward()
-    return ddp._post_forward  # type: ignore[no-any-return]
+    ddp._pre_forward()  # type: ignore[no-untyped-call]
+    return ddp._post_forward
 
 
 def ddp_buffer_option(broadcast: bool) -> dict[str, Any]:
@@ -38,7 +37,7 @@ def ddp_buffer_option(broadcast: bool) -> dict[str, Any]:
     return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": broadcast}
 
 
-def fsdp_enter(module: "FSDPModule") -> Callable[[Any], Any]:
+def fsdp_enter(module: Any) -> Callable[[Any], Any]:
     """Gather the root group as its forward does; the result does what comes after a forward.
 
     ``FSDPModule._get_fsdp_state()._pre_forward`` and ``_post_forward``. The public ``register_fsdp_forward_method``
@@ -100,7 +99,6 @@ class LocalGradScaler(GradScaler):
             found = torch.maximum(found, here.to(found.device))
         self._agree(found)
         return {found.device: found}
-
 
 
 def foreach_norms(items: list[Tensor], norm_type: float, dtype: torch.dtype) -> list[Tensor]:

@@ -89,7 +89,7 @@ def this_world(accelerator: object, devices: object, num_nodes: object, env: Map
     if world.size != len(device_for) * num_nodes:
         raise WorldError(
             f"`devices` x `num_nodes` must be the number of processes that were launched ({world.size}), but"
-            f" {len(device_for)} x {num_nodes} is {len(device_for) * num_nodes}. Pass num_nodes and devices as launched."
+            f" {len(device_for)} x {num_nodes} is {len(device_for) * num_nodes}. Pass both as launched."
         )
     return world
 

@@ -31,7 +31,9 @@ class Books:
         inner = unwrap(module)
         name = type(inner).__name__
         if self.knows_module(module):
-            raise SetupOrderError(f"A module must be set up once, but this {name} was already. Use what setup returned.")
+            raise SetupOrderError(
+                f"A module must be set up once, but this {name} was already. Use what setup returned."
+            )
         if inner is not module:
             raise SetupOrderError(
                 f"A module must be set up by one Fabric, but this {name} was by another. Keep one Fabric."
@@ -92,7 +94,7 @@ class Books:
         """
         if not self.knows_module(module):
             raise SetupOrderError(
-                f"`module` must be one that fabric.setup returned, but is a {type(module).__name__} that was not set up."
+                f"`module` must be one that fabric.setup returned, but is a {type(module).__name__} that was not."
                 " Write model = fabric.setup(model) first."
             )
         return self._engine_behind(unwrap(module))

@@ -121,7 +121,7 @@ def _gather_leaf(world: World, leaf: Any, sync_grads: bool, group: Any) -> Any:
     if sync_grads:
         from torch.distributed.nn.functional import all_gather as gather_with_grad  # only for those who need it
 
-        pieces = gather_with_grad(home, group=group) if group is not None else gather_with_grad(home)
+        pieces: Any = gather_with_grad(home, *([] if group is None else [group]))  # type: ignore[no-untyped-call]
         return torch.stack(list(pieces))
     slices = [torch.empty_like(home) for _ in range(dist.get_world_size(group))]
     dist.all_gather(slices, home.detach(), group=group)
@@ -146,4 +146,3 @@ def _tensor(leaf: Any, world: World) -> Tensor | None:
         dtype = torch.float32 if world.device.type == "mps" else torch.float64
         return torch.tensor(leaf, dtype=dtype, device=world.device)
     return None
-

@@ -125,7 +125,9 @@ def _check_length(dataset: object) -> None:
 
 def _is_distributed(loader: DataLoader[Any]) -> bool:
     inner = getattr(loader.batch_sampler, "sampler", None)
-    return any(isinstance(s, DistributedSampler | ShardedSampler) for s in (loader.sampler, loader.batch_sampler, inner))
+    return any(
+        isinstance(s, DistributedSampler | ShardedSampler) for s in (loader.sampler, loader.batch_sampler, inner)
+    )
 
 
 def _takes_all(sampler: RandomSampler) -> bool:
@@ -163,6 +165,11 @@ def _again(loader: DataLoader[Any], **choice: Any) -> DataLoader[Any]:
         ) from error
 
 
+def is_set_up(loader: object) -> bool:
+    """Whether ``loader`` came out of ``setup_dataloaders``."""
+    return type(loader) is FabricDataLoader
+
+
 class FabricDataLoader:
     """A data loader after ``setup_dataloaders``: the same batches, on this rank's device. Made by ``Fabric``."""
 
@@ -170,7 +177,7 @@ class FabricDataLoader:
         self._loader = loader
         self._device = device  # None: batches stay where they are
 
-    @property
+    @property  # type: ignore[misc]  # what stands for an object answers isinstance as it would
     def __class__(self) -> type:
         return type(self._loader)
 
@@ -218,7 +225,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     def move(item: Any) -> Any:
         return item.to(device, non_blocking=device.type == "cuda") if isinstance(item, Tensor) else item.to(device)
 
-    return apply_to_collection(batch, dtype=_Movable, function=move)  # type: ignore[type-abstract]
+    return apply_to_collection(batch, dtype=_Movable, function=move)
 
 
 @runtime_checkable

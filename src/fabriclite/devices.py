@@ -40,7 +40,7 @@ def pick_accelerator(accelerator: object, machine: Machine) -> str:
     name = _ALIASES.get(str(accelerator), str(accelerator))
     if name == "auto":
         name = "cuda" if machine.cuda else "mps" if machine.mps else "cpu"
-    if name == "cuda" and not machine.cuda or name == "mps" and not machine.mps:
+    if (name == "cuda" and not machine.cuda) or (name == "mps" and not machine.mps):
         raise ConfigError(
             f"`accelerator` must be a device this machine has, but is {accelerator!r} and none was found."
             " Use accelerator='auto' or 'cpu'."

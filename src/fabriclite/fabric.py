@@ -271,8 +271,8 @@ class Fabric:
         strategy = self._running
         if strategy.joint_setup:
             raise SetupOrderError(
-                f"With {type(self._config).__name__} module and optimizer must be set up together, but `setup_optimizers`"
-                " was called. Write model, optimizer = fabric.setup(model, optimizer)."
+                f"With {type(self._config).__name__} module and optimizer must be set up together, but"
+                " `setup_optimizers` was called. Write model, optimizer = fabric.setup(model, optimizer)."
             )
         if not optimizers:
             raise ConfigError("`setup_optimizers` must get at least one optimizer, but got none.")
@@ -307,7 +307,7 @@ class Fabric:
         for loader in dataloaders:
             if not isinstance(loader, DataLoader):
                 raise ConfigError(f"`dataloaders` must be DataLoader objects, but one is {type(loader).__name__}.")
-            if type(loader) is loaders.FabricDataLoader:
+            if loaders.is_set_up(loader):
                 raise SetupOrderError(
                     "A data loader must be set up once, but this one was already. Use what setup_dataloaders returned."
                 )

@@ -65,7 +65,8 @@ def _local_part(items: list[Tensor], norm_type: float, device: torch.device) -> 
     if not norms:
         return torch.zeros((), device=device, dtype=wide)
     together = torch.linalg.vector_norm(torch.stack(norms), norm_type)
-    return together if norm_type == float("inf") else together**norm_type
+    powered: Tensor = together if norm_type == float("inf") else together**norm_type
+    return powered
 
 
 @torch.no_grad()

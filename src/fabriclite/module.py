@@ -1,9 +1,9 @@
 """What ``fabric.setup`` gives back: the user's own module, seen through a thin pane.
 
-The pane is no ``nn.Module`` around the module; it *stands for* it. Attributes, methods, ``isinstance``, ``len``, state-dict
-keys, pickling and copying are those of the user's module. It acts in three places only: calling it runs the strategy's
-forward; a method of the user's class that computes runs with the strategy's hooks; parameters that are handed out are
-the ones an optimizer may hold.
+The pane is no ``nn.Module`` around the module; it *stands for* it. Attributes, methods, ``isinstance``, ``len``,
+state-dict keys, pickling and copying are those of the user's module. It acts in three places only: calling it runs the
+strategy's forward; a method of the user's class that computes runs with the strategy's hooks; parameters that are
+handed out are the ones an optimizer may hold.
 """
 
 import copy
@@ -42,7 +42,7 @@ class FabricModule:
         for name, value in zip(_SLOTS, values, strict=True):
             object.__setattr__(self, name, value)
 
-    @property
+    @property  # type: ignore[misc]  # what stands for an object answers isinstance as it would
     def __class__(self) -> type:
         return type(self._fl_module)
 

@@ -51,7 +51,7 @@ def match_groups(optimizer: Optimizer, names: Mapping[int, str], saved: Mapping[
     ours = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
     theirs = [list(group["params"]) for group in groups]
     if [sorted(g) for g in ours] != [sorted(g) for g in theirs]:
-        flat_ours, flat_theirs = set(sum(ours, [])), set(sum(theirs, []))
+        flat_ours, flat_theirs = {n for g in ours for n in g}, {n for g in theirs for n in g}
         missing, unexpected = sorted(flat_ours - flat_theirs), sorted(flat_theirs - flat_ours)
         raise CheckpointError(
             f"The checkpoint's optimizer must step the same parameters in the same {len(ours)} groups, but has"

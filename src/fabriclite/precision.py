@@ -1,7 +1,7 @@
 """Which dtype is used where. A value, not a plug-in: strategies read it, it knows no strategy."""
 
 from dataclasses import dataclass
-from typing import Final, Literal, cast, get_args
+from typing import Final, Literal, get_args
 
 import torch
 
@@ -72,4 +72,4 @@ class Precision:
         bits, kind = name.split("-")
         compute = _DTYPES[bits]
         param = torch.float32 if kind == "mixed" else compute
-        return cls(name=cast(PrecisionName, name), param_dtype=param, compute_dtype=compute, reduce_dtype=param)
+        return cls(name=name, param_dtype=param, compute_dtype=compute, reduce_dtype=param)

@@ -78,8 +78,9 @@ def rng_state() -> dict[str, Any]:
     if _NUMPY:
         import numpy as np
 
-        kind, keys, *rest = np.random.get_state()
-        state["numpy"] = (str(kind), torch.from_numpy(keys.astype(np.int64)), *(v.item() if hasattr(v, "item") else v for v in rest))
+        kind, keys, *rest = np.random.get_state(legacy=True)
+        words = torch.from_numpy(np.asarray(keys).astype(np.int64))
+        state["numpy"] = (str(kind), words, *(float(v) if isinstance(v, float) else int(v) for v in rest))
     return state
 
 

@@ -28,8 +28,6 @@ class Strategy(ABC):
 
     joint_setup: ClassVar[bool]
     """Whether ``setup`` needs the optimizers together with the module."""
-    sharded_checkpoint: bool
-    """Whether ``save`` writes a folder of shards (else one file by rank 0)."""
 
     world: World
     precision: Precision
@@ -98,6 +96,11 @@ class Strategy(ABC):
         """Clamp every gradient element to ``[-clip_value, clip_value]``."""
 
     # -- state -------------------------------------------------------------
+    @property
+    @abstractmethod
+    def sharded_checkpoint(self) -> bool:
+        """Whether ``save`` writes a folder of shards (else one file by rank 0)."""
+
     @abstractmethod
     def state_dict(self, engine: nn.Module) -> dict[str, Any]:
         """The module's state under its own names. Every rank must call this. Sharded values come as ``DTensor``."""
@@ -108,7 +111,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def optimizer_state(self, engine: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        """State by parameter *name*, so that it fits any strategy: ``{"state": {name: ...}, "param_groups": [...]}``."""
+        """State by parameter *name*, so that it fits any strategy: ``{"state": {name: {}}, "param_groups": []}``."""
 
     @abstractmethod
     def load_optimizer_state(self, engine: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """A checkpoint in one file: full tensors, written by rank 0, read by every rank through a memory map."""
 
 import os
-import shutil
 import re
 import zipfile
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fabriclite import optim_state, shards
-from fabriclite.checkpoint import folder
+from fabriclite.checkpoint import place
 from fabriclite.checkpoint.agree import on_rank_zero
 from fabriclite.checkpoint.parts import OptimizerPart, Part
 from fabriclite.errors import CheckpointError
@@ -31,14 +30,13 @@ def save(world: World, path: Path, parts: Mapping[str, Part], filters: Mapping[s
     content.update(extra)
 
     def write() -> None:
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder; this strategy writes one file")
+        place.check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.writing")
+        beside = place.beside(path)
         try:
             torch.save(content, beside)
-            if path.is_dir() and folder.is_checkpoint(path):  # an older checkpoint of the other form
-                shutil.rmtree(path)
+            if path.is_dir():
+                place.clear(path)
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)

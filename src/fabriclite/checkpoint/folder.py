@@ -5,33 +5,30 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from fabriclite.checkpoint import file
+from fabriclite.checkpoint import file, place
 from fabriclite.checkpoint.agree import on_all, on_rank_zero
 from fabriclite.checkpoint.parts import ModulePart, OptimizerPart, Part, rest_of, tensors_of
 from fabriclite.errors import CheckpointError
 from fabriclite.world import World
 
-META: Final = "meta.pt"
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether ``path`` is such a folder."""
-    return path.is_dir() and (path / META).is_file() and (path / ".metadata").is_file()
-
 
 def save(world: World, path: Path, parts: Mapping[str, Part], filters: Mapping[str, Any], extra: Any) -> None:
     """Write a folder beside ``path``, then rename it there. Every rank must call this."""
-    beside = path.with_name(f".{path.name}.writing")
+    beside = place.beside(path)
 
     def prepare() -> None:
+        place.check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
@@ -51,29 +48,26 @@ def save(world: World, path: Path, parts: Mapping[str, Part], filters: Mapping[s
     on_all(world, lambda: _write_shards(tensors, beside), f"write the checkpoint {path}")
 
     def publish() -> None:
-        torch.save(rest, beside / META)
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)  # an older checkpoint of the other form
+        torch.save(rest, beside / place.META)
+        place.clear(path)
         os.replace(beside, path)
 
     on_rank_zero(world, publish, f"write the checkpoint {path}")
 
 
 def _write_shards(tensors: dict[str, Tensor], path: Path) -> None:
-    dcp.save(dict(tensors), checkpoint_id=path, no_dist=not dist.is_initialized())
+    dcp_save(dict(tensors), checkpoint_id=path, no_dist=not dist.is_initialized())
 
 
 def read_rest(path: Path, weights_only: bool) -> dict[str, Any]:
     """What is no shard: plain values, and of modules and optimizers all but their tensors."""
-    return file.read(path / META, weights_only)
+    return file.read(path / place.META, weights_only)
 
 
 def shapes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Name, global shape and dtype of every tensor in the folder."""
     try:
-        metadata = dcp.FileSystemReader(path).read_metadata()
+        metadata = FileSystemReader(path).read_metadata()
     except Exception as error:  # unpickled, so anything
         raise CheckpointError(
             f"{path / '.metadata'} must be readable, but {type(error).__name__}: {str(error).rstrip('.')}."
@@ -108,16 +102,12 @@ def _module_target(part: ModulePart, stored: Mapping[str, tuple[torch.Size, torc
     }
 
 
-def _absent(
-    stored: Mapping[str, tuple[torch.Size, torch.dtype]], target: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _absent(stored: Mapping[str, tuple[torch.Size, torch.dtype]], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Stand-ins without memory for what was not read, so that the check for keys and shapes sees it."""
     return {n: torch.empty(s, dtype=d, device="meta") for n, (s, d) in stored.items() if n not in target}
 
 
-def _optimizer_target(
-    part: OptimizerPart, stored: Mapping[str, tuple[torch.Size, torch.dtype]]
-) -> dict[str, Tensor]:
+def _optimizer_target(part: OptimizerPart, stored: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
     layout = part.layout()
     target: dict[str, Tensor] = {}
     for name, (shape, dtype) in stored.items():
@@ -136,10 +126,10 @@ def _read(path: Path, key: str, target: Mapping[str, Tensor]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # reading alone is meant
         try:
-            dcp.load(
+            dcp_load(
                 {f"{key}.{n}": t for n, t in target.items()}, checkpoint_id=path, no_dist=not dist.is_initialized()
             )
-        except dcp.api.CheckpointException as error:  # a BaseException: it would pass every `except Exception`
+        except CheckpointException as error:  # a BaseException: it would pass every `except Exception`
             first = next(iter(error.failures.values()))[0]
             raise CheckpointError(
                 f"{path} must hold readable shards, but {type(first).__name__}: {str(first) or 'no more data'}."

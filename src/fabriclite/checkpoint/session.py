@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fabriclite import seed
-from fabriclite.checkpoint import file, folder
+from fabriclite.checkpoint import file, folder, place
 from fabriclite.checkpoint.agree import on_all
 from fabriclite.checkpoint.parts import ModulePart, OptimizerPart, Part
 from fabriclite.collectives import gather_objects
@@ -17,9 +17,7 @@ EXTRA: Final = "fabriclite"
 _VERSION: Final = 1
 
 
-def save(
-    strategy: Strategy, path: str | Path, parts: Mapping[str, Part], filters: Mapping[str, Any] | None
-) -> None:
+def save(strategy: Strategy, path: str | Path, parts: Mapping[str, Part], filters: Mapping[str, Any] | None) -> None:
     """Write a checkpoint: a folder of shards if the strategy shards, else one file. Every rank must call this.
 
     Raises:
@@ -65,8 +63,8 @@ def load(
     def act() -> None:
         if not path.exists():
             raise CheckpointError(f"{path} must be a checkpoint, but does not exist.")
-        if path.is_dir() and not folder.is_checkpoint(path):
-            raise CheckpointError(f"{path} must be a checkpoint folder, but lacks {folder.META} or .metadata.")
+        if path.is_dir() and not place.is_folder(path):
+            raise CheckpointError(f"{path} must be a checkpoint folder, but lacks {place.META} or .metadata.")
 
     on_all(strategy.world, act, f"find {path}")
     content = folder.read_rest(path, weights_only) if path.is_dir() else file.read(path, weights_only)

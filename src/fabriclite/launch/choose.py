@@ -42,8 +42,8 @@ def choose(situation: Situation, start_method: StartMethod) -> Way:
         return "nothing"
     if situation.nodes > 1:
         raise WorldError(
-            f"`num_nodes` must be 1 without a launcher, but is {situation.nodes}. Start the script on every machine with"
-            f" torchrun --nnodes {situation.nodes} --nproc-per-node {situation.processes} ..."
+            f"`num_nodes` must be 1 without a launcher, but is {situation.nodes}. Start the script on every machine"
+            f" with torchrun --nnodes {situation.nodes} --nproc-per-node {situation.processes} ..."
         )
     if start_method == "popen" or (start_method == "auto" and situation.script):
         if not situation.script:

@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from fabriclite.errors import ConfigError, WorldError
 from fabriclite.world import World
@@ -32,7 +33,7 @@ def join(world: World, backend: str | None, timeout: timedelta) -> None:
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if world.size == 1:
-        dist.init_process_group(name, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(name, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         _meet(world, name, timeout)
     atexit.register(leave)
@@ -45,9 +46,7 @@ def _meet(world: World, backend: str, timeout: timedelta) -> None:
             f"{' and '.join(missing)} must be set for {world.size} processes to meet, but the environment lacks"
             f" {'them' if len(missing) > 1 else 'it'}. Launch with torchrun, which sets them."
         )
-    dist.init_process_group(
-        backend, init_method="env://", rank=world.rank, world_size=world.size, timeout=timeout
-    )
+    dist.init_process_group(backend, init_method="env://", rank=world.rank, world_size=world.size, timeout=timeout)
 
 
 def check_backend(name: object) -> None:

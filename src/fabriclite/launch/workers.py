@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Final
 
 import torch
-import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from fabriclite.errors import ConfigError, LaunchError
 from fabriclite.launch.process_group import leave
@@ -40,9 +40,9 @@ def worker_env(rank: int, size: int, port: int) -> dict[str, str]:
     }
 
 
-def serve_store(size: int) -> dist.TCPStore:
+def serve_store(size: int) -> TCPStore:
     """A store on a free port of the loopback, so that no two runs can ask for the same port."""
-    return dist.TCPStore(_HOST, 0, world_size=size, is_master=True, wait_for_workers=False)
+    return TCPStore(_HOST, 0, world_size=size, is_master=True, wait_for_workers=False)
 
 
 def threads_each(size: int) -> int:
@@ -73,7 +73,7 @@ def rerun_script(size: int) -> "list[subprocess.Popen[bytes]]":
     return children
 
 
-def _watch(children: "list[subprocess.Popen[bytes]]", store: dist.TCPStore) -> None:
+def _watch(children: "list[subprocess.Popen[bytes]]", store: TCPStore) -> None:
     """End this process soon after a child failed: it may be waiting in a collective for that child."""
     while True:
         codes = [child.poll() for child in children]
@@ -132,7 +132,7 @@ def run_function(
         ConfigError: function or arguments cannot be pickled, and must be.
         LaunchError: a process failed; the message is the traceback of the first one that did.
     """
-    context = mp.get_context(method)
+    context: Any = mp.get_context(method)  # typeshed knows Process only on the concrete contexts
     if method == "forkserver":
         context.set_forkserver_preload(list(_PRELOAD))
     store = serve_store(size)

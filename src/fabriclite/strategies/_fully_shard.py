@@ -20,6 +20,7 @@ from fabriclite.strategies.configs import WrapPolicy
 from fabriclite.strategies.wrapping import wrap_units
 from fabriclite.strategy import Finish
 
+
 def apply(
     module: nn.Module,
     mesh: DeviceMesh,
@@ -49,8 +50,8 @@ def apply(
 def mixed_precision(precision: Precision) -> MixedPrecisionPolicy:
     """FSDP2's words for a precision.
 
-    Mixed: parameters are gathered in 16 bits and gradients reduced in float32. Inputs are never cast: forward runs under
-    autocast as under every other strategy, which casts where it must and leaves, say, float32 positions alone.
+    Mixed: parameters are gathered in 16 bits and gradients reduced in float32. Inputs are never cast: forward runs
+    under autocast as under every other strategy, which casts where it must and leaves, say, float32 positions alone.
     """
     if not precision.mixed:
         return MixedPrecisionPolicy(cast_forward_inputs=False)

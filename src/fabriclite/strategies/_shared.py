@@ -71,9 +71,7 @@ def make_scaler(world: World, precision: Precision) -> GradScaler:
         if world.size > 1:
             dist.all_reduce(found, op=dist.ReduceOp.MAX)
 
-    return _torch.LocalGradScaler(
-        world.device.type, enabled=precision.needs_scaler, agree=agree, local=shards.local
-    )
+    return _torch.LocalGradScaler(world.device.type, enabled=precision.needs_scaler, agree=agree, local=shards.local)
 
 
 def clip_norm(

@@ -1,6 +1,6 @@
 """Full tensors in and out of ZeRO's flat partitions, and gradients inside them.
 
-Stands on DeepSpeed's public ``safe_get_*``/``safe_set_*`` and ``GatheredParameters``; imported by ``deepspeed.py`` only.
+Stands on DeepSpeed's public ``safe_get_*``, ``safe_set_*`` and ``GatheredParameters``. Only ``deepspeed.py`` uses it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ MASTER: Final = "fp32_master"
 """Key of the float32 master weight among a parameter's optimizer state."""
 
 
-# -- gradients -----------------------------------------------------------------------------------------------------------
+# -- gradients --------------------------------------------------------------------------------------------------------
 
 
 def local_grads(params: Iterable[nn.Parameter], stage: int) -> list[tuple[nn.Parameter, Tensor]]:
@@ -56,7 +56,7 @@ def total_norm(grads: list[Tensor], norm_type: float, world: World, stage: int) 
     return powered ** (1.0 / norm_type)
 
 
-# -- module state --------------------------------------------------------------------------------------------------------
+# -- module state -----------------------------------------------------------------------------------------------------
 
 
 def _gathered(param: nn.Parameter, modifier_rank: int | None = None) -> Any:
@@ -127,12 +127,10 @@ def partition(param: nn.Parameter, whole: Tensor) -> Tensor:
     return mine
 
 
-# -- optimizer state -----------------------------------------------------------------------------------------------------
+# -- optimizer state --------------------------------------------------------------------------------------------------
 
 
-def optimizer_state(
-    module: nn.Module, base: Optimizer, group_names: list[list[str]], masters: bool
-) -> dict[str, Any]:
+def optimizer_state(module: nn.Module, base: Optimizer, group_names: list[list[str]], masters: bool) -> dict[str, Any]:
     """State by parameter name with whole tensors on the host. Every rank must call this."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -162,8 +160,6 @@ def load_optimizer_state(
     Raises:
         CheckpointError: the saved groups name other parameters.
     """
-    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
     theirs = [sorted(group["params"]) for group in saved["param_groups"]]
     if theirs != [sorted(names) for names in group_names]:
         raise CheckpointError(
@@ -177,22 +173,32 @@ def load_optimizer_state(
         _make_room(engine, base, params, saved["state"])
     flat_keys, _ = _keys(base)
     for name, values in saved["state"].items():
-        param = params[name]
         for key in flat_keys:
             if key not in values:
                 raise CheckpointError(f"The checkpoint must hold {key!r} of {name}, but does not: another optimizer.")
-            if hasattr(param, "ds_id"):
-                safe_set_local_optimizer_state(param, partition(param, values[key]), key)
-            else:
-                safe_set_full_optimizer_state(param, values[key].to(param.device, torch.float32), key)
+            _set_state(params[name], values[key], key)
         if MASTER in values:
-            _set_master(param, values[MASTER])
-    first: Mapping[str, Any] = next(iter(saved["state"].values()), {})
+            _set_master(params[name], values[MASTER])
+    _set_scalars(base, flat_keys, saved["state"])
+    for group, stored in zip(base.param_groups, saved["param_groups"], strict=True):
+        group.update({k: v for k, v in stored.items() if k not in ("params", "foreach", "fused")})
+
+
+def _set_scalars(base: Optimizer, flat_keys: list[str], saved: Mapping[str, Mapping[str, Any]]) -> None:
+    """Step counters and the like, which all parameters of a partition share."""
+    first: Mapping[str, Any] = next(iter(saved.values()), {})
     for own in base.state.values():
         for key in [k for k in own if k not in flat_keys and k in first]:
             own[key] = _copy(first[key])
-    for group, stored in zip(base.param_groups, saved["param_groups"], strict=True):
-        group.update({k: v for k, v in stored.items() if k not in ("params", "foreach", "fused")})
+
+
+def _set_state(param: nn.Parameter, value: Tensor, key: str) -> None:
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    if hasattr(param, "ds_id"):
+        safe_set_local_optimizer_state(param, partition(param, value), key)
+    else:
+        safe_set_full_optimizer_state(param, value.to(param.device, torch.float32), key)
 
 
 def _make_room(
@@ -213,7 +219,7 @@ def _make_room(
             if key != MASTER
         }
     if stage_3_flats is None:
-        # Stages 1 and 2 (and their bfloat16 optimizer) link parameters to state at the first step; loading needs it now.
+        # Stages 1 and 2 (and their bfloat16 optimizer) link parameters to state at the first step: too late here.
         zero._lazy_init_hp_params_optimizer_state()
 
 
@@ -227,4 +233,3 @@ def _keys(base: Optimizer) -> tuple[list[str], dict[str, Any]]:
         keys = [k for k, v in values.items() if isinstance(v, Tensor) and v.numel() == flat.numel() and v.dim() > 0]
         return keys, {k: v for k, v in values.items() if k not in keys}
     return [], {}
-

@@ -175,8 +175,8 @@ class ModelParallelStrategy:
             ``"rowwise_split_input"``, ``"sequence_parallel"``. ``None`` takes the ``_tp_plan`` that the model carries.
         parallelize_fn: ``fn(module, mesh) -> module`` instead of a plan; the mesh has the axes ``"data_parallel"`` and
             ``"tensor_parallel"``. It may shard over data parallel itself (``fully_shard``); else that is done here.
-        tensor_parallel_size: ranks that share one product. ```"auto"`` is 2, the smallest split (1 in a world of one); the rest
-            of the world is data parallel.
+        tensor_parallel_size: ranks that share one product. ``"auto"`` is 2, the smallest split (1 in a world of one);
+            the rest of the world is data parallel.
         data_parallel_size: copies of that; ``"auto"`` is the rest of the world.
         auto_wrap_policy, reshard_after_forward: of the data-parallel axis, as for :class:`FSDPStrategy`.
         save_distributed_checkpoint: ``save`` writes a folder of shards (else one file).
@@ -212,7 +212,9 @@ class ModelParallelStrategy:
                 " Example: {'blocks.*.fc1': 'colwise'}."
             )
         if self.plan is not None and not self.plan:
-            raise ConfigError("`plan` must name at least one module, but is empty. Example: {'blocks.*.fc1': 'colwise'}.")
+            raise ConfigError(
+                "`plan` must name at least one module, but is empty. Example: {'blocks.*.fc1': 'colwise'}."
+            )
         for name in ("data_parallel_size", "tensor_parallel_size"):
             size = getattr(self, name)
             if size != "auto" and not _is_count(size):
@@ -224,11 +226,12 @@ class ModelParallelStrategy:
         Raises:
             ConfigError: they do not multiply to ``world_size``.
         """
-        data, tensor = self.data_parallel_size, self.tensor_parallel_size
-        if tensor == "auto":
-            tensor = world_size // data if data != "auto" else min(2, world_size)
-        if data == "auto":
-            data = world_size // tensor
+        given = None if self.data_parallel_size == "auto" else self.data_parallel_size
+        if self.tensor_parallel_size != "auto":
+            tensor = self.tensor_parallel_size
+        else:
+            tensor = min(2, world_size) if given is None else max(1, world_size // given)
+        data = max(1, world_size // tensor) if given is None else given
         if data * tensor != world_size:
             raise ConfigError(
                 f"`data_parallel_size` x `tensor_parallel_size` must be the world size {world_size}, but"

@@ -29,7 +29,6 @@ class DDP(Strategy):
     """The engine is torch's ``DistributedDataParallel``; a module without trainable parameters is its own engine."""
 
     joint_setup: ClassVar[bool] = False
-    sharded_checkpoint: ClassVar[bool] = False
 
     config: DDPStrategy
     world: World
@@ -133,6 +132,11 @@ class DDP(Strategy):
     @override
     def clip_grad_value(self, engine: nn.Module, optimizer: Optimizer, clip_value: float) -> None:
         _shared.clip_value(self, optimizer, clip_value)
+
+    @property
+    @override
+    def sharded_checkpoint(self) -> bool:
+        return False
 
     @override
     def state_dict(self, engine: nn.Module) -> dict[str, Any]:

@@ -36,7 +36,6 @@ class DeepSpeed(Strategy):
     """The engine is ``DeepSpeedEngine``; a module without an optimizer (a frozen teacher) is its own engine."""
 
     joint_setup: ClassVar[bool] = True
-    sharded_checkpoint: ClassVar[bool] = False
 
     config: DeepSpeedStrategy
     world: World
@@ -167,6 +166,11 @@ class DeepSpeed(Strategy):
     def _parameters(self, engine: nn.Module) -> Iterable[nn.Parameter]:
         return (p for p in self.user_module(engine).parameters() if p.requires_grad)
 
+    @property
+    @override
+    def sharded_checkpoint(self) -> bool:
+        return False
+
     @override
     def state_dict(self, engine: nn.Module) -> dict[str, Any]:
         module = self.user_module(engine)
@@ -220,7 +224,7 @@ class EngineOptimizer(Optimizer):
     @override
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         if closure is not None:
-            raise ConfigError("`closure` must be None with DeepSpeedStrategy, but one was given. Call backward yourself.")
+            raise ConfigError("`closure` must be None with DeepSpeedStrategy, but one was given. Call backward first.")
         self.engine.step()
         self.unstepped.discard(self.engine)
 
@@ -243,7 +247,7 @@ def _not_at_boundary(engine: Any) -> Iterator[None]:
 def engine_config(config: DeepSpeedStrategy, precision: Precision, numel: int) -> dict[str, Any]:
     """DeepSpeed's JSON. Pure.
 
-    True 16 bits become DeepSpeed's ``bf16``/``fp16``: parameters in 16 bits, and float32 masters in the optimizer. Mixed
+    True 16 bits become DeepSpeed's ``bf16``/``fp16``: parameters in 16 bits, float32 masters in the optimizer. Mixed
     becomes ``torch_autocast`` over float32 parameters, as under every other strategy, with gradients sent in float32.
     """
     zero: dict[str, Any] = {"stage": config.stage, "reduce_bucket_size": max(1, min(numel, _BUCKET))}
@@ -285,7 +289,7 @@ def _import_deepspeed(world: World) -> Any:
         import deepspeed
     except ImportError as error:
         raise ConfigError(
-            f"strategy 'deepspeed' must find the package deepspeed, but: {error}. Run: pip install fabriclite[deepspeed]"
+            f"strategy 'deepspeed' must find deepspeed, but: {error}. Run: pip install fabriclite[deepspeed]"
         ) from error
     finally:
         logging.disable(logging.NOTSET)

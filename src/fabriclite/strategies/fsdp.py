@@ -34,7 +34,6 @@ class FSDP(Strategy):
     precision: Precision
     scaler: GradScaler
     mesh: DeviceMesh
-    sharded_checkpoint: bool
     paused: "WeakSet[nn.Module]"
 
     @classmethod
@@ -49,7 +48,6 @@ class FSDP(Strategy):
             precision=precision,
             scaler=_shared.make_scaler(world, precision),
             mesh=mesh,
-            sharded_checkpoint=config.state_dict_type == "sharded",
             paused=WeakSet(),
         )
 
@@ -112,6 +110,11 @@ class FSDP(Strategy):
     @override
     def clip_grad_value(self, engine: nn.Module, optimizer: Optimizer, clip_value: float) -> None:
         _shared.clip_value(self, optimizer, clip_value)
+
+    @property
+    @override
+    def sharded_checkpoint(self) -> bool:
+        return self.config.state_dict_type == "sharded"
 
     @override
     def state_dict(self, engine: nn.Module) -> dict[str, Any]:

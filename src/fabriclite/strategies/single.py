@@ -25,7 +25,6 @@ class SingleDevice(Strategy):
     """The module itself is the engine."""
 
     joint_setup: ClassVar[bool] = False
-    sharded_checkpoint: ClassVar[bool] = False
 
     world: World
     precision: Precision
@@ -83,6 +82,11 @@ class SingleDevice(Strategy):
     @override
     def clip_grad_value(self, engine: nn.Module, optimizer: Optimizer, clip_value: float) -> None:
         _shared.clip_value(self, optimizer, clip_value)
+
+    @property
+    @override
+    def sharded_checkpoint(self) -> bool:
+        return False
 
     @override
     def state_dict(self, engine: nn.Module) -> dict[str, Any]:

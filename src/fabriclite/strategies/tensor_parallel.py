@@ -39,7 +39,6 @@ class TensorParallel(Strategy):
     precision: Precision
     scaler: GradScaler
     mesh: DeviceMesh
-    sharded_checkpoint: bool
     paused: "WeakSet[nn.Module]"
 
     @classmethod
@@ -53,7 +52,6 @@ class TensorParallel(Strategy):
             precision=precision,
             scaler=_shared.make_scaler(world, precision),
             mesh=mesh,
-            sharded_checkpoint=config.save_distributed_checkpoint,
             paused=WeakSet(),
         )
 
@@ -87,7 +85,7 @@ class TensorParallel(Strategy):
             result = self.config.parallelize_fn(module, self.mesh)
             if not isinstance(result, nn.Module):
                 raise ConfigError(
-                    f"`parallelize_fn` must return the module, but returned {type(result).__name__}. Add `return module`."
+                    f"`parallelize_fn` must return the module, but returned {type(result).__name__}. Add a return."
                 )
             return result
         plan = self.config.plan if self.config.plan is not None else tp_plan.carried_by(module)
@@ -151,6 +149,11 @@ class TensorParallel(Strategy):
     def clip_grad_value(self, engine: nn.Module, optimizer: Optimizer, clip_value: float) -> None:
         _shared.clip_value(self, optimizer, clip_value)
 
+    @property
+    @override
+    def sharded_checkpoint(self) -> bool:
+        return self.config.save_distributed_checkpoint
+
     @override
     def state_dict(self, engine: nn.Module) -> dict[str, Any]:
         _fully_shard.show_shards(engine)
@@ -187,8 +190,8 @@ def _retie(module: nn.Module, ties: list[list[str]]) -> None:
         layouts = {p.placements if isinstance(p, DTensor) else None for p in params}
         if len(layouts) > 1:
             raise ConfigError(
-                f"A tensor-parallel plan must split every use of a shared parameter alike, but {' and '.join(names)} are"
-                " one parameter and got different layouts. Give both the same split, or neither."
+                f"A tensor-parallel plan must split every use of a shared parameter alike, but {' and '.join(names)}"
+                " are one parameter and got different layouts. Give both the same split, or neither."
             )
         for name in names[1:]:
             owner, _, leaf = name.rpartition(".")
