@@ -23,7 +23,7 @@ from typing import Final
 
 from pairs import Row, compare, elapsed, measure, table
 
-ROUNDS: Final = {"step": 1000, "ranks": 40, "import": 12}
+ROUNDS: Final = {"step": 400, "ranks": 40, "import": 12}
 PEERS: Final = ("fabriclite", "lightning_fabric", "accelerate")
 HEAVY: Final = (
     "deepspeed",

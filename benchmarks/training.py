@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW, Optimizer
 
-STEPS: Final = 5
-"""Steps of the tiny model in one block: one or two milliseconds, so that few blocks are interrupted."""
+STEPS: Final = 20
+"""Steps of the tiny model in one block: enough to be warm, few enough to share what the machine does meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

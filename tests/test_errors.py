@@ -402,7 +402,7 @@ PLANS = [
         "parallelize-returns-nothing",
         lambda _: one(strategy=ModelParallelStrategy(parallelize_fn=returns_nothing)).setup(Net()),
         ConfigError,
-        "`parallelize_fn` … NoneType … Add `return module`",
+        "`parallelize_fn` … NoneType … Add a return",
     ),
     row(
         "parallelize-splits-tie",
@@ -612,7 +612,7 @@ ORDERS = [
         "clip-plain-module",
         clip_plain_module,
         SetupOrderError,
-        "`module` … a Net that was not set up … model = fabric.setup",
+        "`module` … a Net that was not … model = fabric.setup",
     ),
     row(
         "clip-plain-optimizer",
@@ -641,7 +641,7 @@ ORDERS = [
         "backward-plain-model",
         lambda _: one().backward(torch.zeros(()), model=Net()),
         SetupOrderError,
-        "`module` … a Net that was not set up … fabric.setup(model)",
+        "`module` … a Net that was not … fabric.setup(model)",
     ),
     row(
         "closure-with-scaler",
@@ -789,7 +789,7 @@ LAUNCHES = [
         "env-other-nodes",
         lambda _: world(TORCHRUN, num_nodes=2),
         WorldError,
-        "launched (2) … 2 x 2 is 4 … Pass num_nodes",
+        "launched (2) … 2 x 2 is 4 … Pass both as launched",
     ),
     row(
         "env-local-larger-than-world",
@@ -961,6 +961,7 @@ def folder_onto_file(path: Path) -> None:
 
 def file_onto_folder(path: Path) -> None:
     (path / "checkpoint").mkdir()
+    (path / "checkpoint" / "notes.txt").write_text("mine")
     saved(path, "file")
 
 
@@ -1063,12 +1064,17 @@ CHECKPOINTS = [
         CheckpointError,
         "file/checkpoint … could not … File exists … a path that can be written",
     ),
-    row("save-folder-onto-file", folder_onto_file, CheckpointError, "checkpoint is a file … need a folder"),
+    row(
+        "save-folder-onto-file",
+        folder_onto_file,
+        CheckpointError,
+        "checkpoint is a file that is no checkpoint … Save to another name",
+    ),
     row(
         "save-file-onto-folder",
         file_onto_folder,
         CheckpointError,
-        "checkpoint is a folder … one file … a path that can be written",
+        "checkpoint is a folder that is no checkpoint … Save to another name",
     ),
     *both_forms("save-code", save_code, CheckpointError, "write the checkpoint … could not … <lambda>"),
     row("save-list", save_state([1]), ConfigError, "`state` … {'model': model} … list"),
@@ -1261,7 +1267,7 @@ IN_TWO: dict[str, list[RowInTwo]] = {
             "which of … modules … fabric.backward(loss, model=model)",
         ),
         RowInTwo("backward-argument", backward_with_gradient, ConfigError, "`retain_graph` … create_graph"),
-        RowInTwo("closure", engine_closure, ConfigError, "`closure` … one was given … Call backward yourself"),
+        RowInTwo("closure", engine_closure, ConfigError, "`closure` … one was given … Call backward first"),
         RowInTwo("nonfinite", engine_nonfinite, NonFiniteGradientError, "2-norm … error_if_nonfinite=False"),
     ],
 }

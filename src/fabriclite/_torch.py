@@ -48,6 +48,25 @@ def fsdp_enter(module: Any) -> Callable[[Any], Any]:
     return lambda output: state._post_forward(module, (), output)
 
 
+def enter_hooks_of(module: nn.Module, library: str) -> Callable[[Any], Any]:
+    """Run the forward pre-hooks that ``library`` put on ``module``; the result runs its forward hooks on an output.
+
+    ``nn.Module._forward_pre_hooks`` and ``_forward_hooks``. ZeRO-3 gathers a module's own parameters, and arranges their
+    gathering in backward, in such hooks. The public way to run them is to call the module, and so its ``forward``.
+    """
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    for key in [k for k, hook in before.items() if hook.__module__.startswith(library)]:
+        before[key](module, (), *([{}] if key in module._forward_pre_hooks_with_kwargs else []))
+
+    def finish(output: Any) -> Any:
+        for key in [k for k, hook in after.items() if hook.__module__.startswith(library)]:
+            changed = after[key](module, (), *([{}] if key in module._forward_hooks_with_kwargs else []), output)
+            output = output if changed is None else changed
+        return output
+
+    return finish
+
+
 def local_pieces_in_order(tensor: "DTensor") -> list[tuple[int, int]]:
     """``[(mesh dim, tensor dim)]`` of the cuts that made ``tensor``'s local part, outermost cut first.
 

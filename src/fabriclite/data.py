@@ -1,13 +1,14 @@
 """Data loaders: which part of the data this rank reads, in which order, and on which device it arrives."""
 
+import copy
+import dataclasses
 from collections.abc import Iterator, Sized
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import Any, ClassVar, Final, Protocol, runtime_checkable
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import (
-    BatchSampler,
     DataLoader,
     DistributedSampler,
     IterableDataset,
@@ -18,6 +19,7 @@ from torch.utils.data import (
 from typing_extensions import override
 
 from fabriclite.errors import ConfigError
+from fabriclite.seed import seeded
 
 
 class EpochSampler(DistributedSampler[Any]):
@@ -37,8 +39,9 @@ class EpochSampler(DistributedSampler[Any]):
 class ShardedSampler(Sampler[Any]):
     """Every ``replicas``-th item of a user's sampler (indices or whole batches), starting at ``index``.
 
-    All ranks must see the same items, so the sampler runs under random numbers of ``(seed, epoch)``. If the count does
-    not divide, the first items are given again, so that all ranks take the same number of steps.
+    All ranks must see the same items, so the sampler runs under random numbers of ``(seed, epoch)``: torch's, NumPy's
+    and Python's own, and its own ``generator``. What they were before is put back. If the count does not divide, the
+    first items are given again, so that all ranks take the same number of steps.
     """
 
     def __init__(self, sampler: Any, replicas: int, index: int, seed: int) -> None:
@@ -55,8 +58,7 @@ class ShardedSampler(Sampler[Any]):
 
     @override
     def __iter__(self) -> Iterator[Any]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed + self.epoch)
+        with seeded(self.seed + self.epoch, *_generators(self.sampler)):
             items = list(self.sampler)
         self.epoch += 1
         short = -len(items) % self.replicas
@@ -79,22 +81,30 @@ class ShardedSampler(Sampler[Any]):
         return getattr(self.sampler, name)
 
 
+def _generators(sampler: object) -> list[torch.Generator]:
+    """Those of a sampler, and of the sampler that a batch sampler draws from."""
+    owners = (sampler, getattr(sampler, "sampler", None))
+    return [g for g in (getattr(owner, "generator", None) for owner in owners) if isinstance(g, torch.Generator)]
+
+
 def shard(loader: DataLoader[Any], replicas: int, index: int, seed: int) -> DataLoader[Any]:
     """A loader like ``loader`` that reads only part ``index`` of ``replicas``.
 
     What the user chose stays: a sampler or batch sampler of theirs is split, not replaced; one that is distributed
     already is kept as it is; iterable datasets are theirs to split. Sequential and shuffled loaders get an
-    :class:`EpochSampler`, also for one replica, so that the order does not depend on the strategy.
+    :class:`EpochSampler`, the others a :class:`ShardedSampler`, also for one replica: the order must not depend on the
+    strategy, and ranks that share one replica (tensor parallel) must read the same.
     """
     if isinstance(loader.dataset, IterableDataset) or _is_distributed(loader):
         return loader
-    custom_batches = loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler
+    custom_batches = loader.batch_sampler is not None and loader.batch_size is None
+    own = loader.batch_sampler if custom_batches else loader.sampler
     plain = type(loader.sampler) is SequentialSampler or (
         type(loader.sampler) is RandomSampler and not loader.sampler.replacement and _takes_all(loader.sampler)
     )
+    if replicas == 1 and not isinstance(own, Sized):
+        return loader
     if custom_batches:
-        if replicas == 1:
-            return loader
         return _again(loader, batch_sampler=ShardedSampler(loader.batch_sampler, replicas, index, seed))
     if plain:
         _check_length(loader.dataset)
@@ -106,8 +116,6 @@ def shard(loader: DataLoader[Any], replicas: int, index: int, seed: int) -> Data
             seed=seed,
             drop_last=loader.drop_last,
         )
-    elif replicas == 1:
-        return loader
     else:
         sampler = ShardedSampler(loader.sampler, replicas, index, seed)
     if loader.batch_size is None:
@@ -126,7 +134,8 @@ def _check_length(dataset: object) -> None:
 def _is_distributed(loader: DataLoader[Any]) -> bool:
     inner = getattr(loader.batch_sampler, "sampler", None)
     return any(
-        isinstance(s, DistributedSampler | ShardedSampler) for s in (loader.sampler, loader.batch_sampler, inner)
+        isinstance(s, DistributedSampler | ShardedSampler) or (hasattr(s, "num_replicas") and hasattr(s, "rank"))
+        for s in (loader.sampler, loader.batch_sampler, inner)
     )
 
 
@@ -144,6 +153,7 @@ _CARRIED: Final = (
     "generator",
     "persistent_workers",
     "pin_memory_device",
+    "in_order",
 )
 
 
@@ -223,9 +233,21 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """Move every tensor (or anything with ``.to``) in a tree of dicts, lists, tuples and dataclasses."""
 
     def move(item: Any) -> Any:
+        if not isinstance(item, _Movable):
+            return _moved_fields(item, device)
         return item.to(device, non_blocking=device.type == "cuda") if isinstance(item, Tensor) else item.to(device)
 
-    return apply_to_collection(batch, dtype=_Movable, function=move)
+    return apply_to_collection(batch, dtype=(_Movable, _Dataclass), function=move)
+
+
+def _moved_fields(item: Any, device: torch.device) -> Any:
+    """A dataclass, frozen or not, with moved fields; ``apply_to_collection`` itself refuses frozen ones."""
+    if isinstance(item, type):
+        return item
+    moved = copy.copy(item)
+    for field in dataclasses.fields(item):
+        object.__setattr__(moved, field.name, to_device(getattr(item, field.name), device))
+    return moved
 
 
 @runtime_checkable
@@ -233,3 +255,8 @@ class _Movable(Protocol):
     """Tensors, and objects that can move themselves, such as tokenizers' batches."""
 
     def to(self, device: torch.device) -> Any: ...
+
+
+@runtime_checkable
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Any]]

@@ -170,7 +170,7 @@ class Fabric:
             self._strategy = self._start()
         elif way != "nothing":
             assert function is not None  # `choose` raised otherwise
-            work = (self._arguments, function, args, kwargs)
+            work = (self._arguments, seed.carried(), function, args, kwargs)
             return workers.run_function(_run_in_worker, work, {}, self._world.size, way)  # type: ignore[no-any-return]
         return None if function is None else function(self, *args, **kwargs)
 
@@ -547,6 +547,11 @@ class Fabric:
 
 
 def _run_in_worker(
-    arguments: dict[str, Any], function: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
+    arguments: dict[str, Any],
+    seeds: dict[str, Any],
+    function: Callable[..., T],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> T:
+    seed.carry_on(seeds)
     return function(Fabric(**arguments), *args, **kwargs)

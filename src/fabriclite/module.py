@@ -138,6 +138,7 @@ class _Region:
         self._finish: Finish | None = None  # None: the method has not called the model
 
     def __enter__(self) -> "_Region":
+        self._pane._fl_strategy.hand_out(self._pane._fl_engine)
         if self._at_once:
             self._start(through_root=False)
         else:

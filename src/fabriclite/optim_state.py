@@ -1,7 +1,7 @@
 """An optimizer's state by parameter *name*, so that it fits any strategy and any number of ranks."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,19 @@ from torch.optim import Optimizer
 from fabriclite.errors import CheckpointError, SetupOrderError
 from fabriclite.optim import params_of
 from fabriclite.shards import full, write
+
+MASTER: Final = "fp32_master"
+"""Key of a float32 master weight among a parameter's state: of ZeRO's engines, which keep one beside 16 bits."""
+
+HERE_ONLY: Final = frozenset({"params", "foreach", "fused"})
+"""Of a group, what is not taken from a checkpoint: it depends on where the parameters lie."""
+
+_LIKE_PARAM: Final = frozenset(
+    {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "acc_delta", "sum"}
+)
+"""Moments of torch's optimizers with one number for each of the parameter's. Others may have any shape."""
+
+_OF_SCHEDULERS: Final = frozenset({"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"})
 
 
 def named_state(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
@@ -29,51 +42,127 @@ def named_state(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
 def load_named_state(optimizer: Optimizer, module: nn.Module, saved: Mapping[str, Any]) -> None:
     """Put back what :func:`named_state` gave, from full or equally sharded tensors.
 
-    Every value becomes this optimizer's own copy: two optimizers never share a ``step`` counter.
+    Every value becomes this optimizer's own copy: two optimizers never share a ``step`` counter. All is checked before
+    anything is changed.
 
     Raises:
-        CheckpointError: the saved groups or names differ from this optimizer's.
+        CheckpointError: the saved groups, names, keys or shapes are not those of such an optimizer.
     """
     names = _names(optimizer, module)
-    groups = match_groups(optimizer, names, saved)
-    by_name = {names[id(p)]: p for p in params_of(optimizer)}
+    saved = match(optimizer.param_groups, [[names[id(p)] for p in g["params"]] for g in optimizer.param_groups], saved)
+    group_of = {names[id(p)]: (p, group) for group in optimizer.param_groups for p in group["params"]}
+    own = {names[id(p)]: values for p, values in optimizer.state.items()}
+    check_moments({name: p.shape for name, (p, _) in group_of.items()}, own, saved["state"])
     optimizer.state.clear()
     for name, values in saved["state"].items():
-        param = by_name[name]
-        optimizer.state[param] = {key: _own(value, param) for key, value in values.items()}
-    for group, stored in zip(optimizer.param_groups, groups, strict=True):
-        group.update({k: v for k, v in stored.items() if k not in ("params", "foreach", "fused")})
+        param, group = group_of[name]
+        optimizer.state[param] = {k: _own(k, v, param, group) for k, v in values.items() if k != MASTER}
+    for group, stored in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        group.update({k: v for k, v in stored.items() if k not in HERE_ONLY})
 
 
-def match_groups(optimizer: Optimizer, names: Mapping[int, str], saved: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The saved groups, checked to be those of ``optimizer``."""
-    groups: list[dict[str, Any]] = list(saved["param_groups"])
-    ours = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-    theirs = [list(group["params"]) for group in groups]
-    if [sorted(g) for g in ours] != [sorted(g) for g in theirs]:
-        flat_ours, flat_theirs = {n for g in ours for n in g}, {n for g in theirs for n in g}
-        missing, unexpected = sorted(flat_ours - flat_theirs), sorted(flat_theirs - flat_ours)
+def match(own: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved state, checked to have the groups of an optimizer. Pure.
+
+    Args:
+        own: the optimizer's groups.
+        names: of each group's parameters.
+        saved: by name, or by position as torch's own ``optimizer.state_dict()`` counts parameters.
+
+    Raises:
+        CheckpointError: it has other groups, or was made by another kind of optimizer.
+    """
+    saved = _by_name(names, saved)
+    theirs = [list(group["params"]) for group in saved["param_groups"]]
+    if [sorted(g) for g in names] != [sorted(map(str, g)) for g in theirs]:
+        flat_ours, flat_theirs = {n for g in names for n in g}, {n for g in theirs for n in g}
+        missing, unexpected = sorted(flat_ours - flat_theirs), sorted(map(str, flat_theirs - flat_ours))
         raise CheckpointError(
-            f"The checkpoint's optimizer must step the same parameters in the same {len(ours)} groups, but has"
+            f"The checkpoint's optimizer must step the same parameters in the same {len(names)} groups, but has"
             f" {len(theirs)} groups; missing: {missing or 'none'}; unexpected: {unexpected or 'none'}."
+            " Make the optimizer as it was when it was saved."
         )
-    return groups
+    for group, stored in zip(own, saved["param_groups"], strict=True):
+        # Another release of torch may know more, or fewer, settings of one optimizer; another optimizer differs both ways.
+        absent = sorted(set(group) - set(stored) - HERE_ONLY - _OF_SCHEDULERS)
+        strange = sorted(set(stored) - set(group) - HERE_ONLY - _OF_SCHEDULERS)
+        if absent and strange:
+            raise CheckpointError(
+                f"The checkpoint's optimizer must be of the same kind, but has {', '.join(strange)} and lacks"
+                f" {', '.join(absent)}, for {', '.join(map(str, stored['params'][:1]))} first. Make the optimizer as it was when it was saved."
+            )
+    return dict(saved)
 
 
-def full_state(named: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with whole tensors on the host, copies of their own. Every rank must call this."""
-    state = {
-        name: {k: full(v).detach().to("cpu", copy=True) if isinstance(v, Tensor) else v for k, v in values.items()}
-        for name, values in named["state"].items()
-    }
-    return {"state": state, "param_groups": named["param_groups"]}
+def _by_name(names: Sequence[Sequence[str]], saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    places = [list(group["params"]) for group in saved["param_groups"]]
+    by_place = any(isinstance(place, int) for group in places for place in group)
+    if not by_place or [len(g) for g in places] != [len(g) for g in names]:
+        return saved
+    name_of = {p: n for ps, ns in zip(places, names, strict=True) for p, n in zip(ps, ns, strict=True)}
+    groups = [{**g, "params": [name_of[p] for p in g["params"]]} for g in saved["param_groups"]]
+    return {"state": {name_of.get(p, p): values for p, values in saved["state"].items()}, "param_groups": groups}
 
 
-def _own(value: Any, param: Tensor) -> Any:
+def check_moments(
+    shapes: Mapping[str, torch.Size], own: Mapping[str, Mapping[str, Any]], saved: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Raise unless saved moments can be those of parameters with ``shapes``. Pure.
+
+    Args:
+        shapes: of each parameter that is stepped.
+        own: the optimizer's state now; empty where it never stepped.
+        saved: what is to replace it.
+
+    Raises:
+        CheckpointError: a parameter is unknown, or its state has other keys than now, or a moment another shape.
+    """
+    for name, values in saved.items():
+        if name not in shapes:
+            raise CheckpointError(f"The checkpoint's moments must be of parameters that are stepped, but {name} is not.")
+        keys, mine = set(values) - {MASTER}, set(own.get(name, {}))
+        if mine and keys != mine:
+            raise CheckpointError(
+                f"The checkpoint must hold {', '.join(sorted(mine))} of {name}, but holds"
+                f" {', '.join(sorted(keys)) or 'nothing'}. Make the optimizer as it was when it was saved."
+            )
+        for key in sorted(_LIKE_PARAM & keys):
+            if isinstance(values[key], Tensor) and values[key].shape != shapes[name]:
+                raise CheckpointError(
+                    f"{key} of {name} must have the parameter's shape {tuple(shapes[name])}, but has"
+                    f" {tuple(values[key].shape)} in the checkpoint. Build the model with the sizes it was saved with."
+                )
+
+
+def full_state(named: Mapping[str, Any], keep: bool) -> dict[str, Any]:
+    """The same with whole tensors on the host, copies of their own. Every rank must call this.
+
+    Args:
+        named: what :func:`named_state` gave.
+        keep: whether this rank needs the result; else it only takes part, and has no tensors.
+    """
+
+    def whole(value: Any) -> Any:
+        gathered = full(value)
+        if not isinstance(gathered, Tensor):
+            return gathered
+        return gathered.detach().to("cpu", copy=True) if keep else None
+
+    out = {key: value for key, value in named.items() if key != "state"}
+    if "state" in named:
+        out["state"] = {name: {k: whole(v) for k, v in values.items()} for name, values in named["state"].items()}
+    return out
+
+
+def _own(key: str, value: Any, param: Tensor, group: Mapping[str, Any]) -> Any:
+    """A copy of ``value`` where, and cut as, the optimizer would have made it."""
     if not isinstance(value, Tensor):
         return value
-    if value.shape != param.shape:
-        return value.detach().clone()  # a step counter or a factored moment: not cut like the parameter
+    if key == "step":  # as torch's `load_state_dict`: on the host, unless a kernel on the device counts it
+        on_device = group.get("capturable") or group.get("fused")
+        return value.detach().to(param.device if on_device else "cpu", copy=True)
+    if value.shape != param.shape:  # a factored moment: not cut like the parameter
+        return value.detach().to(param.device, copy=True)
     mine = torch.zeros_like(param, dtype=value.dtype, requires_grad=False)
     write(mine, value)
     return mine

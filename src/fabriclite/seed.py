@@ -1,7 +1,8 @@
 """Seeds: of this process, and of data-loading workers."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,11 +71,50 @@ class _SeedWorker:
             np.random.seed(mixed.getrandbits(32))
 
 
+@contextmanager
+def seeded(seed: int, *generators: torch.Generator) -> Iterator[None]:
+    """Draw on the host (torch, Python, NumPy and ``generators``) from ``seed``; what was before is put back after."""
+    # not torch.manual_seed: it would seed the accelerators too
+    before, own = host_rng_state(), [generator.get_state() for generator in generators]
+    for generator in (torch.default_generator, *generators):
+        generator.manual_seed(seed)
+    random.seed(seed)
+    if _NUMPY:
+        import numpy as np
+
+        np.random.seed(seed % _LIMIT)
+    try:
+        yield
+    finally:
+        set_rng_state(before)
+        for generator, state in zip(generators, own, strict=True):
+            generator.set_state(state)
+
+
+def carried() -> dict[str, Any]:
+    """What a new process must know to go on as this one would. Starts no accelerator: it may be forked next."""
+    return {"rng": host_rng_state(), "workers": _Chosen.workers}
+
+
+def carry_on(state: dict[str, Any]) -> None:
+    """In a new process, take over what :func:`carried` gave."""
+    set_rng_state(state["rng"])
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(torch.initial_seed())
+    _Chosen.workers = state["workers"]
+
+
 def rng_state() -> dict[str, Any]:
     """The generators' states of this process as tensors, numbers and tuples (loads with ``weights_only``)."""
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    state = host_rng_state()
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def host_rng_state() -> dict[str, Any]:
+    """:func:`rng_state` without the accelerator's, which asking for would start."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if _NUMPY:
         import numpy as np
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fabriclite import optim_state, shards
+from fabriclite import optim_state
 from fabriclite.checkpoint import place
 from fabriclite.checkpoint.agree import on_rank_zero
-from fabriclite.checkpoint.parts import OptimizerPart, Part
+from fabriclite.checkpoint.parts import OptimizerPart, Part, taken, whole
 from fabriclite.errors import CheckpointError
 from fabriclite.world import World
 
@@ -22,11 +21,9 @@ def save(world: World, path: Path, parts: Mapping[str, Part], filters: Mapping[s
     """Gather every part, one tensor at a time, and write one file beside ``path``, then rename it there."""
     content: dict[str, Any] = {}
     for key, part in parts.items():
-        state = part.state()
-        if isinstance(part, OptimizerPart):
-            content[key] = optim_state.full_state(state)
-        else:
-            content[key] = _full_tree(state, filters.get(key), keep=world.is_global_zero)
+        state = taken(key, part, filters.get(key))
+        gather = optim_state.full_state if isinstance(part, OptimizerPart) else whole
+        content[key] = gather(state, keep=world.is_global_zero)
     content.update(extra)
 
     def write() -> None:
@@ -42,24 +39,6 @@ def save(world: World, path: Path, parts: Mapping[str, Part], filters: Mapping[s
             beside.unlink(missing_ok=True)
 
     on_rank_zero(world, write, f"write the checkpoint {path}")
-
-
-def _full_tree(state: Any, keep_item: Any, keep: bool) -> Any:
-    if not isinstance(state, Mapping):
-        return _full_leaf(state, keep)
-    out: dict[Any, Any] = {}
-    for key, value in state.items():
-        if keep_item is not None and not keep_item(key, value):
-            continue
-        out[key] = _full_tree(value, None, keep) if isinstance(value, Mapping) else _full_leaf(value, keep)
-    return out
-
-
-def _full_leaf(value: Any, keep: bool) -> Any:
-    whole = shards.full(value)  # every rank takes part, rank 0 keeps
-    if isinstance(whole, Tensor):
-        return whole.detach().cpu() if keep else None
-    return whole
 
 
 def read(path: Path, weights_only: bool) -> dict[str, Any]:

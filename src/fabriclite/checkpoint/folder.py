@@ -3,7 +3,7 @@
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,38 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.tensor import DTensor
 
 from fabriclite.checkpoint import file, place
 from fabriclite.checkpoint.agree import on_all, on_rank_zero
-from fabriclite.checkpoint.parts import ModulePart, OptimizerPart, Part, rest_of, tensors_of
+from fabriclite.checkpoint.parts import (
+    ModulePart,
+    OptimizerPart,
+    Part,
+    is_extra,
+    rest_of,
+    taken,
+    tensors_of,
+    whole,
+)
 from fabriclite.errors import CheckpointError
 from fabriclite.world import World
+
+_Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
 
 
 def save(world: World, path: Path, parts: Mapping[str, Part], filters: Mapping[str, Any], extra: Any) -> None:
     """Write a folder beside ``path``, then rename it there. Every rank must call this."""
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = dict(extra)
+    for key, part in parts.items():
+        state = taken(key, part, filters.get(key))
+        mine, others = _split(part, state)
+        tensors.update({f"{_prefix(key)}{name}": tensor for name, tensor in mine.items()})
+        rest[key] = whole(others, keep=world.is_global_zero)
+    if not world.is_global_zero:
+        # What is not sharded can differ between ranks (running statistics): it is rank 0's, as in a file.
+        tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
     beside = place.beside(path)
 
     def prepare() -> None:
@@ -33,30 +55,34 @@ def save(world: World, path: Path, parts: Mapping[str, Part], filters: Mapping[s
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
 
-    on_rank_zero(world, prepare, f"make the folder {path}")
-    tensors: dict[str, Tensor] = {}
-    rest: dict[str, Any] = dict(extra)
-    for key, part in parts.items():
-        state = part.state()
-        if isinstance(part, ModulePart | OptimizerPart):
-            keep = filters.get(key)
-            chosen = state if keep is None else {k: v for k, v in state.items() if keep(k, v)}
-            tensors.update(tensors_of(chosen, key))
-            rest[key] = rest_of(chosen)
-        else:
-            rest[key] = state
-    on_all(world, lambda: _write_shards(tensors, beside), f"write the checkpoint {path}")
-
     def publish() -> None:
         torch.save(rest, beside / place.META)
         place.clear(path)
         os.replace(beside, path)
 
-    on_rank_zero(world, publish, f"write the checkpoint {path}")
+    on_rank_zero(world, prepare, f"make the folder {path}")
+    try:
+        on_all(world, lambda: _write_shards(tensors, beside), f"write the checkpoint {path}")
+        on_rank_zero(world, publish, f"write the checkpoint {path}")
+    except CheckpointError:  # on every rank, and none is writing any more
+        if world.is_global_zero:
+            shutil.rmtree(beside, ignore_errors=True)
+        raise
 
 
-def _write_shards(tensors: dict[str, Tensor], path: Path) -> None:
-    dcp_save(dict(tensors), checkpoint_id=path, no_dist=not dist.is_initialized())
+def _prefix(key: str) -> str:
+    """What the names of an entry's tensors begin with. A dot in the key would make two entries' names one."""
+    return f"{key.replace('%', '%25').replace('.', '%2E')}."
+
+
+def _split(part: Part, state: Any) -> tuple[dict[str, Tensor], Any]:
+    """Tensors that every rank writes its shards of, and the rest, which is rank 0's."""
+    if isinstance(part, OptimizerPart):
+        return tensors_of(state), rest_of(state)
+    if not isinstance(part, ModulePart):
+        return {}, state
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor) and not is_extra(k)}
+    return tensors, {k: v for k, v in state.items() if k not in tensors}
 
 
 def read_rest(path: Path, weights_only: bool) -> dict[str, Any]:
@@ -64,7 +90,28 @@ def read_rest(path: Path, weights_only: bool) -> dict[str, Any]:
     return file.read(path / place.META, weights_only)
 
 
-def shapes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+def read_whole(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`read_rest` gave, with all tensors in it, whole: as a file would hold it. Every rank must call this."""
+    stored = shapes(path)
+    out = dict(content)
+    for key, rest in content.items():
+        found = _stored_of(stored, key)
+        target = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in found.items()}
+        _read(path, key, target)
+        if isinstance(rest, Mapping) and any(name.startswith("state.") for name in target) and "state" in rest:
+            out[key] = _nested(target, rest)
+        elif target:
+            out[key] = {**rest, **target}
+    return out
+
+
+def has_shards(path: Path, keys: Iterable[str]) -> set[str]:
+    """Which entries of the folder hold more than :func:`read_rest` gives."""
+    stored = shapes(path)
+    return {key for key in keys if _stored_of(stored, key)}
+
+
+def shapes(path: Path) -> _Shapes:
     """Name, global shape and dtype of every tensor in the folder."""
     try:
         metadata = FileSystemReader(path).read_metadata()
@@ -80,9 +127,15 @@ def shapes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     }
 
 
+def _stored_of(stored: _Shapes, key: str) -> _Shapes:
+    """The tensors of one entry, by their names within it."""
+    prefix = _prefix(key)
+    return {name.removeprefix(prefix): v for name, v in stored.items() if name.startswith(prefix)}
+
+
 def load_part(path: Path, key: str, part: ModulePart | OptimizerPart, rest: Any, strict: bool) -> None:
     """Read this rank's share of one part and put it back. Every rank must call this."""
-    stored = {n.removeprefix(f"{key}."): v for n, v in shapes(path).items() if n.startswith(f"{key}.")}
+    stored = _stored_of(shapes(path), key)
     if isinstance(part, ModulePart):
         target = _module_target(part, stored)
         _read(path, key, target)
@@ -93,7 +146,7 @@ def load_part(path: Path, key: str, part: ModulePart | OptimizerPart, rest: Any,
     part.load(_nested(target, rest), strict)
 
 
-def _module_target(part: ModulePart, stored: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
+def _module_target(part: ModulePart, stored: _Shapes) -> dict[str, Tensor]:
     """Buffers of the module's layout to read into; only names and shapes that fit: ``load`` reports the others."""
     return {
         name: torch.empty_like(tensor, requires_grad=False)
@@ -102,12 +155,12 @@ def _module_target(part: ModulePart, stored: Mapping[str, tuple[torch.Size, torc
     }
 
 
-def _absent(stored: Mapping[str, tuple[torch.Size, torch.dtype]], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _absent(stored: _Shapes, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Stand-ins without memory for what was not read, so that the check for keys and shapes sees it."""
     return {n: torch.empty(s, dtype=d, device="meta") for n, (s, d) in stored.items() if n not in target}
 
 
-def _optimizer_target(part: OptimizerPart, stored: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
+def _optimizer_target(part: OptimizerPart, stored: _Shapes) -> dict[str, Tensor]:
     layout = part.layout()
     target: dict[str, Tensor] = {}
     for name, (shape, dtype) in stored.items():
@@ -126,9 +179,8 @@ def _read(path: Path, key: str, target: Mapping[str, Tensor]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # reading alone is meant
         try:
-            dcp_load(
-                {f"{key}.{n}": t for n, t in target.items()}, checkpoint_id=path, no_dist=not dist.is_initialized()
-            )
+            named = {f"{_prefix(key)}{n}": t for n, t in target.items()}
+            dcp_load(named, checkpoint_id=path, no_dist=not dist.is_initialized())
         except CheckpointException as error:  # a BaseException: it would pass every `except Exception`
             first = next(iter(error.failures.values()))[0]
             raise CheckpointError(

@@ -1,13 +1,15 @@
 """What one entry of a checkpoint is, and how its state is taken out and put back."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fabriclite.errors import CheckpointError
+from fabriclite import shards
+from fabriclite._torch import tree_map
+from fabriclite.errors import CheckpointError, ConfigError
 from fabriclite.strategy import Strategy
 
 
@@ -89,14 +91,52 @@ class ValuePart:
         self.holder[self.key] = value
 
 
-def tensors_of(tree: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
+def taken(key: str, part: Part, keep: Callable[[str, Any], bool] | None) -> Any:
+    """What to save of one entry: all, or the items that ``keep(name, value)`` wants. Every rank must call this.
+
+    Raises:
+        ConfigError: there is something to keep by, but no names in the entry.
+    """
+    state = part.state()
+    if keep is None:
+        return state
+    if not isinstance(state, Mapping):
+        raise ConfigError(
+            f"`filter` must be for entries with names in them, but {key!r} is {type(state).__name__}. Leave it out."
+        )
+    return {name: value for name, value in state.items() if keep(name, value)}
+
+
+def whole(tree: Any, keep: bool) -> Any:
+    """The same tree with whole tensors on the host. Every rank must call this.
+
+    Args:
+        tree: sharded tensors among anything else.
+        keep: whether this rank needs the result; else it only takes part, and has no tensors.
+    """
+
+    def leaf(value: Any) -> Any:
+        gathered = shards.full(value)
+        if not isinstance(gathered, Tensor):
+            return gathered
+        return gathered.detach().cpu() if keep else None
+
+    return tree_map(leaf, tree)
+
+
+def is_extra(name: str) -> bool:
+    """Whether an item of a module's state is what its ``get_extra_state`` gave: of any kind, a tensor included."""
+    return name.rpartition(".")[2] == "_extra_state"
+
+
+def tensors_of(tree: Mapping[str, Any]) -> dict[str, Tensor]:
     """Every tensor in nested mappings under its dotted name."""
     found: dict[str, Tensor] = {}
     for key, value in tree.items():
         if isinstance(value, Tensor):
-            found[f"{prefix}.{key}"] = value
+            found[key] = value
         elif isinstance(value, Mapping):
-            found.update(tensors_of(value, f"{prefix}.{key}"))
+            found.update({f"{key}.{name}": tensor for name, tensor in tensors_of(value).items()})
     return found
 
 

@@ -11,6 +11,7 @@ from fabriclite.checkpoint.parts import ModulePart, OptimizerPart, Part
 from fabriclite.collectives import gather_objects
 from fabriclite.errors import CheckpointError, ConfigError
 from fabriclite.strategy import Strategy
+from fabriclite.world import World
 
 EXTRA: Final = "fabriclite"
 """The entry that holds what belongs to the run: loss scale, random states."""
@@ -52,22 +53,13 @@ def load(
     With an optimizer among the parts, the run goes on: loss scale and random states are put back too.
 
     Returns:
-        What the checkpoint holds beyond ``parts``.
+        What the checkpoint holds beyond ``parts``, less what is sharded there; without ``parts`` all, tensors whole.
 
     Raises:
         CheckpointError: it cannot be read, or does not fit; raised on every rank.
     """
     path = Path(path)
-    remainder: dict[str, Any] = {}
-
-    def act() -> None:
-        if not path.exists():
-            raise CheckpointError(f"{path} must be a checkpoint, but does not exist.")
-        if path.is_dir() and not place.is_folder(path):
-            raise CheckpointError(f"{path} must be a checkpoint folder, but lacks {place.META} or .metadata.")
-
-    on_all(strategy.world, act, f"find {path}")
-    content = folder.read_rest(path, weights_only) if path.is_dir() else file.read(path, weights_only)
+    content = _read(strategy.world, path, weights_only, whole=parts is None)
     if parts is None:
         return content
     missing = [key for key in parts if key not in content]
@@ -76,17 +68,34 @@ def load(
             f"{path} must hold {', '.join(parts)}, but lacks {', '.join(missing)}. It holds:"
             f" {', '.join(k for k in content if k != EXTRA)}. Pass strict=False to load what is there."
         )
-    for key, part in parts.items():
-        if key in missing:
-            continue
+    # Modules first: an optimizer may hold master weights, which a module's would round.
+    found = {key: part for key, part in parts.items() if key not in missing}
+    for key, part in sorted(found.items(), key=lambda item: not isinstance(item[1], ModulePart)):
         if path.is_dir() and isinstance(part, ModulePart | OptimizerPart):
             folder.load_part(path, key, part, content[key], strict)
         else:
             part.load(content[key], strict)
     if any(isinstance(part, OptimizerPart) for part in parts.values()):
         _resume(strategy, content.get(EXTRA, {}))
-    remainder.update({k: v for k, v in content.items() if k not in parts and k != EXTRA})
-    return remainder
+    others = [key for key in content if key not in parts and key != EXTRA]
+    sharded = folder.has_shards(path, others) if path.is_dir() else set()
+    return {key: content[key] for key in others if key not in sharded}
+
+
+def _read(world: World, path: Path, weights_only: bool, whole: bool) -> dict[str, Any]:
+    """What the checkpoint holds; of a folder's sharded entries the tensors only if ``whole``."""
+    content: dict[str, Any] = {}
+
+    def act() -> None:
+        if not path.exists():
+            raise CheckpointError(f"{path} must be a checkpoint, but does not exist.")
+        if path.is_dir() and not place.is_folder(path):
+            raise CheckpointError(f"{path} must be a checkpoint folder, but lacks {place.META} or .metadata.")
+        read = file.read if path.is_file() else folder.read_rest
+        content.update(read(path, weights_only))
+
+    on_all(world, act, f"read {path}")
+    return folder.read_whole(path, content) if whole and path.is_dir() else content
 
 
 def _resume(strategy: Strategy, extra: Mapping[str, Any]) -> None:
@@ -97,10 +106,16 @@ def _resume(strategy: Strategy, extra: Mapping[str, Any]) -> None:
         seed.set_rng_state(states[strategy.world.rank])
 
 
-def load_raw(path: str | Path, part: Part, strict: bool, weights_only: bool) -> None:
+def load_raw(strategy: Strategy, path: str | Path, part: Part, strict: bool, weights_only: bool) -> None:
     """Load a file that holds nothing but a state dict (``torch.save(model.state_dict(), path)``)."""
     path = Path(path)
-    if not path.is_file():
-        found = "is a folder. Read what fabric.save wrote with fabric.load" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"{path} must be a file with a state dict, but {found}.")
-    part.load(file.read(path, weights_only), strict)
+    content: dict[str, Any] = {}
+
+    def act() -> None:
+        if not path.is_file():
+            found = "is a folder. Read what fabric.save wrote with fabric.load" if path.is_dir() else "does not exist"
+            raise CheckpointError(f"{path} must be a file with a state dict, but {found}.")
+        content.update(file.read(path, weights_only))
+
+    on_all(strategy.world, act, f"read {path}")
+    part.load(content, strict)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from fabriclite.errors import ConfigError, WorldError
+from fabriclite.launch import parent
 from fabriclite.world import World
 
 
@@ -28,6 +29,7 @@ def join(world: World, backend: str | None, timeout: timedelta) -> None:
                 f" {dist.get_rank()} of {dist.get_world_size()} exists. Destroy it before you make a Fabric."
             )
         return
+    parent.end_with_starter()
     name = backend or default_backend(world.device)
     check_backend(name)
     if world.device.type == "cuda":

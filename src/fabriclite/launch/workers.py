@@ -1,6 +1,8 @@
 """Starting the other processes of this machine when no launcher did."""
 
 import atexit
+import copyreg
+import io
 import multiprocessing as mp
 import os
 import pickle
@@ -12,17 +14,21 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Final
 
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from fabriclite.errors import ConfigError, LaunchError
+from fabriclite.launch import parent
 from fabriclite.launch.process_group import leave
 
 _HOST: Final = "127.0.0.1"
 _GRACE_S: Final = 10.0
 """How long ranks may take to end by themselves after another one failed, in seconds."""
+_HEAD_START_S: Final = 1.0
+"""How much earlier than noticed a rank may have ended that could not say so: the others fail at once, in seconds."""
 _PRELOAD: Final = ("torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "fabriclite")
 
 
@@ -59,7 +65,10 @@ def rerun_script(size: int) -> "list[subprocess.Popen[bytes]]":
     The children live no longer than this process, and if one fails this process ends too, with status 1.
     """
     store = serve_store(size)
-    common = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads_each(size)))}
+    common = {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads_each(size))),
+        parent.KEY: str(os.getpid()),
+    }
     command = [sys.executable, *sys.orig_argv[1:]]
     children = [
         subprocess.Popen(command, env={**os.environ, **common, **worker_env(rank, size, store.port)})
@@ -116,6 +125,27 @@ class _Outcome:
     error: str | None
 
 
+class _Private:
+    """What a process gets as its own. Torch has multiprocessing pass tensors as memory that all processes share: ranks
+    would write into each other's arguments."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        box = io.BytesIO()
+        pickler = pickle.Pickler(box)
+        reducers = ForkingPickler._extra_reducers  # type: ignore[attr-defined]  # queues and locks still need theirs
+        own = {cls: how for cls, how in reducers.items() if not cls.__module__.startswith("torch")}
+        pickler.dispatch_table = {**copyreg.dispatch_table, **own}
+        pickler.dump(self.value)
+        return _Private._restore, (box.getvalue(),)
+
+    @staticmethod
+    def _restore(data: bytes) -> "_Private":
+        return _Private(pickle.loads(data))
+
+
 def run_function(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int, method: str
 ) -> Any:
@@ -143,7 +173,7 @@ def run_function(
         reader, writer = context.Pipe(duplex=False)
         env = worker_env(rank, size, store.port)
         process = context.Process(
-            target=_work, args=(writer, rank, env, threads, function, args, dict(kwargs)), daemon=False
+            target=_work, args=(writer, rank, env, threads, _Private((function, args, dict(kwargs)))), daemon=False
         )
         _start(process, method)
         writer.close()
@@ -152,8 +182,9 @@ def run_function(
     outcomes = _collect(readers, processes)
     failures = sorted((o for o in outcomes if o.error is not None), key=lambda o: o.at)
     if failures:
-        first = failures[0]
-        raise LaunchError(f"Rank {first.rank} of {size} failed:\n\n{first.error}")
+        first, *others = failures
+        after = "".join(f"\nThen rank {o.rank}: {(o.error or '').strip().splitlines()[-1][:200]}" for o in others)
+        raise LaunchError(f"Rank {first.rank} of {size} failed:\n\n{first.error}{after}")
     return next(o.value for o in outcomes if o.rank == 0)
 
 
@@ -172,12 +203,12 @@ def _work(
     rank: int,
     env: dict[str, str],
     threads: int,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    work: "_Private",
 ) -> None:
     os.environ.update(env)
     torch.set_num_threads(threads)
+    parent.end_with(mp.parent_process())
+    function, args, kwargs = work.value
     try:
         value, error = function(*args, **kwargs), None
     except BaseException:  # a rank must report whatever ended it, SystemExit and CheckpointException included
@@ -192,11 +223,13 @@ def _work(
 
 
 def _send(writer: Connection, outcome: _Outcome) -> None:
+    """Plain pickling: multiprocessing would pass tensors as shared memory, which goes when this process does."""
     try:
-        writer.send(outcome)
+        message = pickle.dumps(outcome)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        message = f"Rank {outcome.rank} returned {type(outcome.value).__name__}, which must be picklable: {error}"
-        writer.send(_Outcome(outcome.rank, outcome.at, None, message))
+        reason = f"Rank {outcome.rank} returned {type(outcome.value).__name__}, which must be picklable: {error}"
+        message = pickle.dumps(_Outcome(outcome.rank, outcome.at, None, reason))
+    writer.send_bytes(message)
 
 
 def _collect(readers: list[Connection], processes: list[Any]) -> list[_Outcome]:
@@ -225,7 +258,8 @@ def _collect(readers: list[Connection], processes: list[Any]) -> list[_Outcome]:
 
 def _receive(reader: Connection, rank: int, process: Any) -> _Outcome:
     try:
-        return reader.recv()  # type: ignore[no-any-return]
+        return pickle.loads(reader.recv_bytes())  # type: ignore[no-any-return]  # from a process of our own
     except EOFError:
+        at = time.time() - _HEAD_START_S
         process.join(_GRACE_S)
-        return _Outcome(rank, time.time(), None, f"Rank {rank} ended without a word, exit status {process.exitcode}.")
+        return _Outcome(rank, at, None, f"Rank {rank} ended without a word, exit status {process.exitcode}.")

@@ -15,7 +15,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from fabriclite import gradients
+from fabriclite import _torch, gradients
 from fabriclite.birth.plan import Birth, InitPlan
 from fabriclite.birth.settle import settle
 from fabriclite.errors import ConfigError, SetupOrderError
@@ -107,8 +107,11 @@ class DeepSpeed(Strategy):
         return _shared.in_precision(engine, self.world, self.precision)
 
     @override
-    def region(self, engine: nn.Module, through_root: bool) -> AbstractContextManager[Finish]:
-        return _shared.autocast_region(self.world, self.precision)
+    @contextmanager
+    def region(self, engine: nn.Module, through_root: bool) -> Iterator[Finish]:
+        with self.autocast():
+            gathers = engine in self.engines and self.config.stage == 3 and not through_root
+            yield _torch.enter_hooks_of(self.user_module(engine), "deepspeed") if gathers else _shared.unchanged
 
     @override
     def backward(self, engine: nn.Module | None, loss: Tensor, *args: Any, **kwargs: Any) -> None:
