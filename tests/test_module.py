@@ -152,7 +152,7 @@ def test_methods_train_as_forward_does(strategy: str, world: int) -> None:  # pe
     results = run(train_all, strategy, world)
     for method in METHODS:
         for actual, wanted in zip(results[method], by_hand(method), strict=True):
-            torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6, msg=lambda m: f"{method}: {m}")
+            torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
 
 
 def methods_leave_nothing(fabric: Fabric) -> bool:

@@ -1,4 +1,4 @@
-"""The table (strategy x precision x empty_init) -> plan: pure, no process. The page in docs/architecture.md is this table."""
+"""The table (strategy x precision x empty_init) -> plan: pure. docs/architecture.md shows this table."""
 
 import re
 from pathlib import Path
@@ -58,9 +58,14 @@ def test_init_module_is_inert_until_entered() -> None:  # peers row 5
 
 def test_init_module_restores_everything_on_an_error() -> None:
     plan = InitPlan(birth=Birth.INITIALISED, device=torch.device("meta"), dtype=torch.float64)
-    with pytest.raises(KeyError, match="mine"), enter(plan):
-        assert torch.empty(()).is_meta
-        raise KeyError("mine")
+
+    def fails() -> None:
+        with enter(plan):
+            assert torch.empty(()).is_meta
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        fails()
     assert torch.get_default_dtype() == torch.float32
     assert torch.empty(()).device.type == "cpu"
 

@@ -51,8 +51,8 @@ def fsdp_enter(module: Any) -> Callable[[Any], Any]:
 def enter_hooks_of(module: nn.Module, library: str) -> Callable[[Any], Any]:
     """Run the forward pre-hooks that ``library`` put on ``module``; the result runs its forward hooks on an output.
 
-    ``nn.Module._forward_pre_hooks`` and ``_forward_hooks``. ZeRO-3 gathers a module's own parameters, and arranges their
-    gathering in backward, in such hooks. The public way to run them is to call the module, and so its ``forward``.
+    ``nn.Module._forward_pre_hooks`` and ``_forward_hooks``. ZeRO-3 gathers a module's own parameters, and arranges
+    their gathering in backward, in such hooks. The public way to run them is to call the module, and so its ``forward``.
     """
     before, after = module._forward_pre_hooks, module._forward_hooks
     for key in [k for k, hook in before.items() if hook.__module__.startswith(library)]:

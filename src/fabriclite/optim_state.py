@@ -83,13 +83,13 @@ def match(own: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]], save
             " Make the optimizer as it was when it was saved."
         )
     for group, stored in zip(own, saved["param_groups"], strict=True):
-        # Another release of torch may know more, or fewer, settings of one optimizer; another optimizer differs both ways.
+        # Another release of torch knows more, or fewer, settings of one optimizer; another kind differs both ways.
         absent = sorted(set(group) - set(stored) - HERE_ONLY - _OF_SCHEDULERS)
         strange = sorted(set(stored) - set(group) - HERE_ONLY - _OF_SCHEDULERS)
         if absent and strange:
             raise CheckpointError(
-                f"The checkpoint's optimizer must be of the same kind, but has {', '.join(strange)} and lacks"
-                f" {', '.join(absent)}, for {', '.join(map(str, stored['params'][:1]))} first. Make the optimizer as it was when it was saved."
+                f"The checkpoint's optimizer must have the settings of this one, but has {', '.join(strange)} and lacks"
+                f" {', '.join(absent)}. Make the optimizer as it was when it was saved."
             )
     return dict(saved)
 
@@ -119,7 +119,9 @@ def check_moments(
     """
     for name, values in saved.items():
         if name not in shapes:
-            raise CheckpointError(f"The checkpoint's moments must be of parameters that are stepped, but {name} is not.")
+            raise CheckpointError(
+                f"The checkpoint's moments must be of parameters that are stepped, but {name} is not."
+            )
         keys, mine = set(values) - {MASTER}, set(own.get(name, {}))
         if mine and keys != mine:
             raise CheckpointError(

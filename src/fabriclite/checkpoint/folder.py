@@ -85,20 +85,24 @@ def _split(part: Part, state: Any) -> tuple[dict[str, Tensor], Any]:
     return tensors, {k: v for k, v in state.items() if k not in tensors}
 
 
+def _write_shards(tensors: dict[str, Tensor], path: Path) -> None:
+    dcp_save(dict(tensors), checkpoint_id=path, no_dist=not dist.is_initialized())
+
+
 def read_rest(path: Path, weights_only: bool) -> dict[str, Any]:
     """What is no shard: plain values, and of modules and optimizers all but their tensors."""
     return file.read(path / place.META, weights_only)
 
 
 def read_whole(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`read_rest` gave, with all tensors in it, whole: as a file would hold it. Every rank must call this."""
+    """What :func:`read_rest` gave with all tensors, whole, as a file would hold it. Every rank must call this."""
     stored = shapes(path)
     out = dict(content)
     for key, rest in content.items():
         found = _stored_of(stored, key)
         target = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in found.items()}
         _read(path, key, target)
-        if isinstance(rest, Mapping) and any(name.startswith("state.") for name in target) and "state" in rest:
+        if isinstance(rest, Mapping) and "param_groups" in rest:
             out[key] = _nested(target, rest)
         elif target:
             out[key] = {**rest, **target}

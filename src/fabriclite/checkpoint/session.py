@@ -106,7 +106,7 @@ def _resume(strategy: Strategy, extra: Mapping[str, Any]) -> None:
         seed.set_rng_state(states[strategy.world.rank])
 
 
-def load_raw(strategy: Strategy, path: str | Path, part: Part, strict: bool, weights_only: bool) -> None:
+def load_raw(path: str | Path, part: Part, strict: bool, weights_only: bool) -> None:
     """Load a file that holds nothing but a state dict (``torch.save(model.state_dict(), path)``)."""
     path = Path(path)
     content: dict[str, Any] = {}
@@ -117,5 +117,8 @@ def load_raw(strategy: Strategy, path: str | Path, part: Part, strict: bool, wei
             raise CheckpointError(f"{path} must be a file with a state dict, but {found}.")
         content.update(file.read(path, weights_only))
 
-    on_all(strategy.world, act, f"read {path}")
+    if isinstance(part, ModulePart | OptimizerPart):
+        on_all(part.strategy.world, act, f"read {path}")
+    else:
+        act()  # loading what was not set up is nobody else's business
     part.load(content, strict)

@@ -4,20 +4,18 @@ Stands on DeepSpeed's public ``safe_get_*``, ``safe_set_*`` and ``GatheredParame
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fabriclite import optim_state
 from fabriclite.errors import CheckpointError
 from fabriclite.gradients import total_norm as local_norm
+from fabriclite.optim_state import MASTER
 from fabriclite.world import World
-
-MASTER: Final = "fp32_master"
-"""Key of the float32 master weight among a parameter's optimizer state."""
-
 
 # -- gradients --------------------------------------------------------------------------------------------------------
 
@@ -95,13 +93,14 @@ def load_full(module: nn.Module, state: Mapping[str, Any]) -> None:
     own = module.state_dict(keep_vars=True)
     for name, value in state.items():
         target = own.get(name)
-        if not isinstance(target, Tensor):
-            continue
-        if isinstance(target, nn.Parameter):
+        prefix, _, last = name.rpartition(".")
+        if name in own and last == "_extra_state":
+            module.get_submodule(prefix).set_extra_state(value)
+        elif isinstance(target, nn.Parameter):
             with _gathered(target, modifier_rank=0):
                 target.copy_(value)
             _set_master(target, value)
-        else:
+        elif isinstance(target, Tensor):
             target.copy_(value)
 
 
@@ -158,14 +157,9 @@ def load_optimizer_state(
     """Put back what :func:`optimizer_state`, or another strategy, gave. Every rank must call this.
 
     Raises:
-        CheckpointError: the saved groups name other parameters.
+        CheckpointError: the saved groups, names, keys or shapes are not those of such an optimizer.
     """
-    theirs = [sorted(group["params"]) for group in saved["param_groups"]]
-    if theirs != [sorted(names) for names in group_names]:
-        raise CheckpointError(
-            f"The checkpoint's optimizer must step the same parameters in the same {len(group_names)} groups, but has"
-            f" {len(theirs)} groups with {sum(map(len, theirs))} parameters instead of {sum(map(len, group_names))}."
-        )
+    saved = optim_state.match(base.param_groups, group_names, saved)
     params = dict(module.named_parameters())
     if not saved["state"]:
         base.state.clear()  # saved before its first step
@@ -181,7 +175,7 @@ def load_optimizer_state(
             _set_master(params[name], values[MASTER])
     _set_scalars(base, flat_keys, saved["state"])
     for group, stored in zip(base.param_groups, saved["param_groups"], strict=True):
-        group.update({k: v for k, v in stored.items() if k not in ("params", "foreach", "fused")})
+        group.update({k: v for k, v in stored.items() if k not in optim_state.HERE_ONLY})
 
 
 def _set_scalars(base: Optimizer, flat_keys: list[str], saved: Mapping[str, Mapping[str, Any]]) -> None:
