@@ -35,13 +35,14 @@ class Run:
     norms: list[float]
 
 
-def build(case: Case) -> nn.Module:
+def build(case: Case, device: str = "cpu") -> nn.Module:
     """Plain construction at seed 1 under the precision's default dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES.get(case.precision, torch.float32))
     try:
         torch.manual_seed(1)
-        return MODELS[case.model]()
+        with torch.device(device):
+            return MODELS[case.model]()
     finally:
         torch.set_default_dtype(before)
 
@@ -60,9 +61,9 @@ def micro_batches(case: Case, step: int) -> list[tuple[Tensor, Tensor]]:
     return list(zip(x.chunk(parts), y.chunk(parts), strict=True))
 
 
-def train(case: Case, replicas: int) -> Run:
+def train(case: Case, replicas: int, device: str = "cpu") -> Run:
     """Train as ``replicas`` data-parallel ranks would, one after the other, averaging their gradients."""
-    module = build(case)
+    module = build(case, device)
     optimizer = optimizer_for(module)
     dtype = DTYPES.get(case.precision, torch.float32)
     mixed = case.precision.endswith("mixed")
@@ -73,10 +74,10 @@ def train(case: Case, replicas: int) -> Run:
         for x, y in micro:
             for rank, (xr, yr) in enumerate(zip(x.chunk(replicas), y.chunk(replicas), strict=True)):
                 buffers = {k: v.clone() for k, v in module.named_buffers()}
-                inputs = xr.to(dtype) if xr.is_floating_point() else xr
-                with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                inputs = xr.to(device, dtype if xr.is_floating_point() else None)
+                with torch.autocast(device, torch.bfloat16, enabled=mixed):
                     output = module(inputs)
-                loss = loss_of(output, yr) / len(micro)
+                loss = loss_of(output, yr.to(device)) / len(micro)
                 (loss / replicas).backward()
                 total += loss.item() / replicas
                 if rank > 0:  # rank 0's running statistics are the model's

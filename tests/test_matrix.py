@@ -74,7 +74,7 @@ def train(fabric: Fabric, case: Case) -> tuple[list[str], Run]:
         optimizer = fabric.setup_optimizers(reference.optimizer_for(model))
     else:
         model, optimizer = fabric.setup(module, reference.optimizer_for(module))
-    plain = reference.build(case).state_dict()
+    plain = reference.build(case, fabric.device.type).state_dict()
     state = model.state_dict()
     different = [k for k, v in plain.items() if not torch.equal(full(state[k]), v)]
     assert list(state) == list(plain)
@@ -86,9 +86,10 @@ def train(fabric: Fabric, case: Case) -> tuple[list[str], Run]:
         total = torch.zeros(())
         for i, (x, y) in enumerate(micro):
             with fabric.no_backward_sync(model, enabled=i < len(micro) - 1):
-                loss = loss_of(model(x.chunk(replicas)[index]), y.chunk(replicas)[index]) / len(micro)
+                mine = fabric.to_device((x.chunk(replicas)[index], y.chunk(replicas)[index]))
+                loss = loss_of(model(mine[0]), mine[1]) / len(micro)
                 fabric.backward(loss, model=model)
-            total += loss.detach()
+            total += loss.detach().cpu()
         if case.form == "clip":
             norms.append(fabric.clip_gradients(model, optimizer, max_norm=0.05).item())
         optimizer.step()

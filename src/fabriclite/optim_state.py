@@ -56,7 +56,9 @@ def load_named_state(optimizer: Optimizer, module: nn.Module, saved: Mapping[str
     optimizer.state.clear()
     for name, values in saved["state"].items():
         param, group = group_of[name]
-        optimizer.state[param] = {k: _own(k, v, param, group) for k, v in values.items() if k != MASTER}
+        # ZeRO's moments are float32, as its masters: torch's optimizers want theirs as they would make them.
+        dtype = param.dtype if MASTER in values else None
+        optimizer.state[param] = {k: _own(k, v, param, group, dtype) for k, v in values.items() if k != MASTER}
     for group, stored in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         group.update({k: v for k, v in stored.items() if k not in HERE_ONLY})
 
@@ -156,8 +158,8 @@ def full_state(named: Mapping[str, Any], keep: bool) -> dict[str, Any]:
     return out
 
 
-def _own(key: str, value: Any, param: Tensor, group: Mapping[str, Any]) -> Any:
-    """A copy of ``value`` where, and cut as, the optimizer would have made it."""
+def _own(key: str, value: Any, param: Tensor, group: Mapping[str, Any], dtype: torch.dtype | None) -> Any:
+    """A copy of ``value`` where, and cut as, the optimizer would have made it. Moments: of ``dtype``, if it is one."""
     if not isinstance(value, Tensor):
         return value
     if key == "step":  # as torch's `load_state_dict`: on the host, unless a kernel on the device counts it
@@ -165,7 +167,7 @@ def _own(key: str, value: Any, param: Tensor, group: Mapping[str, Any]) -> Any:
         return value.detach().to(param.device if on_device else "cpu", copy=True)
     if value.shape != param.shape:  # a factored moment: not cut like the parameter
         return value.detach().to(param.device, copy=True)
-    mine = torch.zeros_like(param, dtype=value.dtype, requires_grad=False)
+    mine = torch.zeros_like(param, dtype=dtype or value.dtype, requires_grad=False)
     write(mine, value)
     return mine
 

@@ -1,0 +1,53 @@
+"""The example trains, saves, resumes and generates under every strategy, by the commands its docstring gives."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# A warm-up longer than the run: its rates do not depend on the number of steps.
+SMALL = ["--steps", "4", "--dim", "64", "--layers", "2", "--heads", "4", "--context", "32", "--warmup", "100"]
+RUNS = [("single_device", 1), ("ddp", 2), ("fsdp", 2), ("tensor_parallel", 2), ("deepspeed", 2)]
+
+
+def script(name: str, *args: str, launcher: tuple[str, ...] = ()) -> str:
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    command = [sys.executable, *launcher, str(ROOT / "examples" / name), *args]
+    done = subprocess.run(
+        command, env=env, capture_output=True, encoding="utf-8", errors="replace", timeout=150, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(("strategy", "devices"), RUNS)
+def test_train_then_generate(strategy: str, devices: int, tmp_path: Path) -> None:
+    where = ["--accelerator", "cpu", "--strategy", strategy, "--devices", str(devices), "--precision", "32-true"]
+    output = script("train_gpt.py", *where, *SMALL, "--out", str(tmp_path))
+    assert "loss" in output
+    text = script("generate.py", "--checkpoint", str(tmp_path / "checkpoint"))
+    assert len(text) > 20
+
+
+def test_under_torchrun_too(tmp_path: Path) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    args = ["--accelerator", "cpu", "--strategy", "fsdp", *SMALL]
+    by_torchrun = script("train_gpt.py", *args, "--out", str(tmp_path / "a"), launcher=launcher)
+    by_itself = script("train_gpt.py", *args, "--devices", "2", "--out", str(tmp_path / "b"))
+    losses = [re.findall(r"loss (\d+\.\d+)", out) for out in (by_torchrun, by_itself)]
+    assert losses[0] == losses[1] != []
+
+
+def test_resuming_gives_the_run_that_never_stopped(tmp_path: Path) -> None:
+    where = ["--accelerator", "cpu", "--strategy", "fsdp", "--devices", "2"]
+    whole = script("train_gpt.py", *where, *SMALL, "--out", str(tmp_path / "whole"))
+    half = [a if a != "4" or i != 1 else "2" for i, a in enumerate(SMALL)]
+    script("train_gpt.py", *where, *half, "--out", str(tmp_path / "half"))
+    rest = script(
+        "train_gpt.py", *where, *SMALL, "--resume", str(tmp_path / "half" / "checkpoint"), "--out", str(tmp_path)
+    )
+    assert re.findall(r"loss (\d+\.\d+)", whole)[-1] == re.findall(r"loss (\d+\.\d+)", rest)[-1]
