@@ -406,3 +406,454 @@ def same_tree(one: Any, other: Any) -> None:
         assert torch.equal(one, other)
     else:
         assert one == other
+
+
+# -- small rules, each in every strategy -------------------------------------------------------------------------------
+
+Made = Callable[[list[nn.Parameter]], Optimizer]
+RULES: list[Callable[[Fabric, Path], None]] = []
+
+
+def rule(function: Callable[[Fabric, Path], None]) -> Callable[[Fabric, Path], None]:
+    """A test that runs on every rank of one world; its folder is empty."""
+    RULES.append(function)
+    return function
+
+
+def adamw(params: Any) -> Optimizer:
+    return AdamW(params, lr=1e-2, eps=1e-3)
+
+
+def build(fabric: Fabric, module: nn.Module | None = None, made: Made = adamw) -> tuple[Any, Any]:
+    """A net (of other weights each time) and its optimizer, set up."""
+    module = Net() if module is None else module
+    return fabric.setup(module, made([p for p in module.parameters() if p.requires_grad]))
+
+
+def steps(fabric: Fabric, model: Any, optimizer: Any, count: int = 1, inputs: Tensor | None = None) -> list[float]:
+    """Losses of this rank, at the same data and random numbers in each call."""
+    torch.manual_seed(7)
+    losses = []
+    for _ in range(count):
+        x = torch.linspace(-1, 1, 32).view(4, 8) if inputs is None else inputs
+        loss = loss_of(model(x), torch.arange(len(x)) % 4)
+        fabric.backward(loss, model=model)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    return {k: full(v).clone() for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+
+
+def refused(fabric: Fabric, act: Callable[[], Any], *says: str) -> None:
+    """Every rank must raise ``CheckpointError``, and say all of ``says``."""
+    found: Any = None
+    try:
+        act()
+    except CheckpointError as error:
+        found = str(error)
+    for text in gather_objects(fabric._running.world, found):
+        assert text is not None, "a rank raised nothing"
+        for part in says:
+            assert part in text, text
+
+
+def rank_zero(fabric: Fabric, act: Callable[[], Any]) -> None:
+    with fabric.rank_zero_first():
+        if fabric.is_global_zero:
+            act()
+    fabric.barrier()
+
+
+def goes_on(fabric: Fabric, path: Path, build_one: Callable[[], tuple[Any, Any]], inputs: Tensor | None = None) -> None:
+    """Train, save, go on; load into a new pair: it goes on with the same losses and comes to the same weights."""
+    model, optimizer = build_one()
+    steps(fabric, model, optimizer, 2, inputs)
+    fabric.save(path, {"model": model, "optimizer": optimizer})
+    expected = steps(fabric, model, optimizer, 3, inputs)
+    other, other_optimizer = build_one()
+    fabric.load(path, {"model": other, "optimizer": other_optimizer})
+    assert steps(fabric, other, other_optimizer, 3, inputs) == expected
+    same_tree(weights(other), weights(model))
+
+
+@rule
+def sgd_without_momentum(fabric: Fabric, folder: Path) -> None:
+    goes_on(fabric, folder / "c", lambda: build(fabric, made=lambda p: SGD(p, lr=0.1)))
+
+
+@rule
+def sgd_with_momentum(fabric: Fabric, folder: Path) -> None:
+    goes_on(fabric, folder / "c", lambda: build(fabric, made=lambda p: SGD(p, lr=0.1, momentum=0.9)))
+
+
+@rule
+def several_groups(fabric: Fabric, folder: Path) -> None:
+    rates = iter([(0.1, 0.01), (0.5, 0.5)])
+
+    def one() -> tuple[Any, Any]:
+        module, (first, second) = Net(), next(rates)
+        head = {"params": list(module.head.parameters()), "lr": first, "weight_decay": 0.0, "name": "head"}
+        blocks = {"params": list(module.blocks.parameters()), "lr": second, "betas": (0.8, 0.9), "name": "blocks"}
+        return fabric.setup(module, AdamW([head, blocks], lr=1.0, eps=1e-3))
+
+    goes_on(fabric, folder / "c", one)
+
+
+@rule
+def tied_weights(fabric: Fabric, folder: Path) -> None:
+    tokens = torch.arange(20).view(4, 5) % 12
+    goes_on(fabric, folder / "c", lambda: build(fabric, Tied()), tokens)
+    model, _ = build(fabric, Tied())
+    fabric.load(folder / "c", {"model": model})
+    assert model.out.weight is model.embed.weight
+
+
+@rule
+def frozen_parameters(fabric: Fabric, folder: Path) -> None:
+    inputs = torch.linspace(-1, 1, 12).view(4, 3)
+    goes_on(fabric, folder / "stepped", lambda: build(fabric, Bare()), inputs)
+
+    def with_frozen_in_it() -> tuple[Any, Any]:
+        module = Bare()
+        return fabric.setup(module, adamw(module.parameters()))
+
+    goes_on(fabric, folder / "listed", with_frozen_in_it, inputs)
+
+
+@rule
+def nothing_is_invented_before_the_first_step(fabric: Fabric, folder: Path) -> None:
+    model, optimizer = build(fabric)
+    before = weights(model)
+    fabric.save(folder / "c", {"model": model, "optimizer": optimizer})
+    same_tree(weights(model), before)
+    saved = fabric.load(folder / "c")["optimizer"]["state"]
+    assert all(not t.any() for values in saved.values() for t in values.values() if isinstance(t, Tensor))
+    expected = steps(fabric, model, optimizer, 3)
+    other, other_optimizer = build(fabric)
+    steps(fabric, other, other_optimizer, 2)  # its own moments must be forgotten
+    fabric.load(folder / "c", {"model": other, "optimizer": other_optimizer})
+    assert steps(fabric, other, other_optimizer, 3) == expected
+    same_tree(weights(other), weights(model))
+
+
+@rule
+def two_optimizers_share_nothing(fabric: Fabric, folder: Path) -> None:
+    model, optimizer = build(fabric)
+    steps(fabric, model, optimizer, 2)
+    fabric.save(folder / "c", {"model": model, "optimizer": optimizer})
+    pairs = [build(fabric), build(fabric)]
+    for other, other_optimizer in pairs:
+        fabric.load(folder / "c", {"model": other, "optimizer": other_optimizer})
+    losses = [steps(fabric, *pair, 2) for pair in pairs]
+    assert losses[0] == losses[1]
+    same_tree(weights(pairs[0][0]), weights(pairs[1][0]))
+
+
+@rule
+def two_models_and_two_optimizers(fabric: Fabric, folder: Path) -> None:
+    """Keys with a dot in them: one is the beginning of the other, and so are names inside."""
+    made = [build(fabric), build(fabric, made=lambda p: SGD(p, lr=0.1, momentum=0.9))]
+    for pair in made:
+        steps(fabric, *pair, 2)
+    keys = [("net", "opt"), ("net.blocks", "opt.state")]
+    state = {key: value for pair, names in zip(made, keys, strict=True) for key, value in zip(names, pair, strict=True)}
+    fabric.save(folder / "c", {**state, "step": 2})
+    expected = [steps(fabric, *pair) for pair in made]
+    others = [build(fabric), build(fabric, made=lambda p: SGD(p, lr=0.1, momentum=0.9))]
+    state = {key: v for pair, names in zip(others, keys, strict=True) for key, v in zip(names, pair, strict=True)}
+    fabric.load(folder / "c", state)
+    assert [steps(fabric, *pair) for pair in others] == expected
+
+
+@rule
+def plain_copies(fabric: Fabric, folder: Path) -> None:
+    """An average kept as a module that is not set up, and one kept as a dictionary of what ``state_dict`` gave."""
+    module = Net()
+    ema = deepcopy(module)
+    model, optimizer = build(fabric, module)
+    steps(fabric, model, optimizer, 2)
+    now = weights(model)
+    ema.load_state_dict(now, strict=False)
+    shards = {k: v.clone() for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    fabric.save(folder / "c", {"ema": ema, "list": [shards], "model": model})
+    fresh, state = Net(), {"list": None}
+    fabric.load(folder / "c", {"ema": fresh})
+    fabric.load(folder / "c", state)
+    same_tree({k: v for k, v in fresh.state_dict().items() if k in now}, now)
+    same_tree(state["list"][0], now)
+
+
+@rule
+def names_must_agree(fabric: Fabric, folder: Path) -> None:
+    small, _ = build(fabric)
+    large, _ = build(fabric, Net(blocks=3))
+    fabric.save(folder / "small", {"model": small})
+    fabric.save(folder / "large", {"model": large})
+    third = [f"blocks.2.{layer}.{kind}" for layer in ("up", "down") for kind in ("weight", "bias")]
+    before = weights(small), weights(large)
+    refused(fabric, lambda: fabric.load(folder / "small", {"model": large}), "missing", "unexpected: none", *third)
+    refused(fabric, lambda: fabric.load(folder / "large", {"model": small}), "missing: none", "unexpected", *third)
+    same_tree(weights(small), before[0])
+    same_tree(weights(large), before[1])
+    fabric.load(folder / "small", {"model": large}, strict=False)
+    same_tree(weights(large), {**before[1], **before[0]})
+    fabric.load(folder / "large", {"model": small}, strict=False)
+    refused(fabric, lambda: fabric.load(folder / "small", {"model": small, "ema": 0}), "lacks ema", "strict=False")
+    state = {"model": small, "ema": 0}
+    fabric.load(folder / "small", state, strict=False)
+    assert state["ema"] == 0
+
+
+@rule
+def shapes_must_agree(fabric: Fabric, folder: Path) -> None:
+    model, _ = build(fabric)
+    wide, _ = build(fabric, Net(width=6))
+    fabric.save(folder / "c", {"model": model})
+    before = weights(wide)
+    for strict in (True, False):
+        act = lambda: fabric.load(folder / "c", {"model": wide}, strict=strict)  # noqa: B023, E731  # called at once
+        refused(fabric, act, "head.weight: (6, 8) here, (4, 8) in the checkpoint", "head.bias: (6,) here")
+    same_tree(weights(wide), before)
+
+
+@rule
+def optimizers_must_be_of_one_kind(fabric: Fabric, folder: Path) -> None:
+    model, optimizer = build(fabric, made=lambda p: SGD(p, lr=0.1, momentum=0.9))
+    steps(fabric, model, optimizer)
+    fabric.save(folder / "sgd", {"optimizer": optimizer})
+    adam, adam_optimizer = build(fabric)
+    act = lambda: fabric.load(folder / "sgd", {"optimizer": adam_optimizer})  # noqa: E731
+    refused(fabric, act, "dampening", "momentum", "lacks", "betas")
+    steps(fabric, adam, adam_optimizer)
+    fabric.save(folder / "adam", {"optimizer": adam_optimizer})
+    refused(fabric, lambda: fabric.load(folder / "adam", {"optimizer": optimizer}), "betas", "lacks", "dampening")
+    wide, wide_optimizer = build(fabric, Net(width=6))
+    refused(
+        fabric, lambda: fabric.load(folder / "adam", {"optimizer": wide_optimizer}), "exp_avg of head.", "(6", "(4"
+    )
+    other = fabric.setup(Net(), AdamW(Net().parameters())) if False else None
+    assert other is None
+    expected = steps(fabric, adam, adam_optimizer)
+    assert expected != steps(fabric, wide, wide_optimizer), "a refused load must leave an optimizer that steps"
+
+
+@rule
+def filters_keep_what_they_say(fabric: Fabric, folder: Path) -> None:
+    model, optimizer = build(fabric)
+    steps(fabric, model, optimizer)
+    ema = Net()
+    state = {"model": model, "optimizer": optimizer, "ema": ema, "step": 3}
+    keep = {
+        "model": lambda name, value: "head" in name and isinstance(value, Tensor),
+        "ema": lambda name, value: "blocks.0" in name,
+        "optimizer": lambda name, value: name == "param_groups",
+    }
+    fabric.save(folder / "c", state, filter=keep)
+    content = fabric.load(folder / "c")
+    assert set(content["model"]) == {"head.weight", "head.bias"}
+    assert set(content["ema"]) == {k for k in ema.state_dict() if "blocks.0" in k}
+    assert set(content["optimizer"]) == {"param_groups"}
+    refused(fabric, lambda: fabric.load(folder / "c", {"model": model}), "missing", "blocks.0.up.weight")
+    other, _ = build(fabric)
+    before = weights(other)
+    fabric.load(folder / "c", {"model": other}, strict=False)
+    heads = {k: v for k, v in weights(model).items() if "head" in k}
+    same_tree(weights(other), {**before, **heads})
+    with pytest.raises(ConfigError, match="'step'"):
+        fabric.save(folder / "d", state, filter={"step": lambda name, value: True})
+
+
+class Pickled:
+    """An object that only its own code can restore."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pickled)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@rule
+def code_runs_only_when_asked(fabric: Fabric, folder: Path) -> None:
+    model, _ = build(fabric)
+    fabric.save(folder / "c", {"model": model, "config": Pickled()})
+    for state in ({"model": model}, {"config": None}, None):
+        act = lambda: fabric.load(folder / "c", state)  # noqa: B023, E731  # called at once
+        refused(fabric, act, "Pickled", "weights_only=False")
+    state = {"config": None}
+    fabric.load(folder / "c", state, weights_only=False)
+    assert state["config"] == Pickled()
+    rank_zero(fabric, lambda: torch.save({"w": Pickled()}, folder / "raw.pt"))
+    refused(fabric, lambda: fabric.load_raw(folder / "raw.pt", model), "Pickled", "weights_only=False")
+
+
+@rule
+def what_is_beyond_comes_back(fabric: Fabric, folder: Path) -> None:
+    model, optimizer = build(fabric)
+    steps(fabric, model, optimizer)
+    fabric.save(folder / "c", {"model": model, "optimizer": optimizer, "step": 3, "names": ["a"]})
+    remainder = fabric.load(folder / "c", {"model": model})
+    assert {k: v for k, v in remainder.items() if k != "optimizer"} == {"step": 3, "names": ["a"]}
+    content = fabric.load(folder / "c")
+    assert {"model", "optimizer", "step", "names"} <= set(content)
+    same_tree({k: v for k, v in content["model"].items() if isinstance(v, Tensor)}, weights(model))
+    stepped = {name for name, p in Net().named_parameters() if p.requires_grad}
+    assert set(content["optimizer"]["state"]) == stepped
+    if "optimizer" in remainder:
+        same_tree(remainder["optimizer"], content["optimizer"])
+
+
+@rule
+def plain_files_of_torch(fabric: Fabric, folder: Path) -> None:
+    """``torch.save(model.state_dict())`` and ``torch.save(optimizer.state_dict())`` of a script without fabriclite."""
+    torch.manual_seed(3)
+    plain = Net()
+    plain.note = "plain"
+    plain_optimizer = adamw(plain.parameters())
+    loss_of(plain(torch.ones(4, 8)), torch.arange(4)).backward()
+    plain_optimizer.step()
+    rank_zero(fabric, lambda: torch.save(plain.state_dict(), folder / "model.pt"))
+    rank_zero(fabric, lambda: torch.save(plain_optimizer.state_dict(), folder / "optimizer.pt"))
+    rank_zero(fabric, lambda: torch.save(Net(blocks=3).state_dict(), folder / "large.pt"))
+    model, optimizer = build(fabric)
+    fabric.load_raw(folder / "model.pt", model)
+    same_tree(weights(model), {k: v for k, v in plain.state_dict().items() if isinstance(v, Tensor)})
+    assert model.note == "plain"
+    fabric.load_raw(folder / "optimizer.pt", optimizer)
+    fabric.save(folder / "c", {"optimizer": optimizer})
+    content = fabric.load(folder / "c")["optimizer"]["state"]
+    for i, (name, _) in enumerate(plain.named_parameters()):
+        same_tree(content[name], plain_optimizer.state_dict()["state"][i])
+    before = weights(model)
+    refused(fabric, lambda: fabric.load_raw(folder / "large.pt", model), "missing: none", "blocks.2.down.bias")
+    same_tree(weights(model), before)
+    fabric.load_raw(folder / "large.pt", model, strict=False)
+    assert not torch.equal(weights(model)["head.weight"], before["head.weight"])
+
+
+@rule
+def what_cannot_be_written_is_raised(fabric: Fabric, folder: Path) -> None:
+    model, optimizer = build(fabric)
+    fabric.save(folder / "c", {"model": model, "step": 1})
+    rank_zero(fabric, lambda: (folder / "file").write_text("text"))
+    refused(fabric, lambda: fabric.save(folder / "file" / "c", {"model": model}), "Rank 0", "file")
+    assert (folder / "file").read_text() == "text"
+    before = weights(model)
+    steps(fabric, model, optimizer)
+    refused(fabric, lambda: fabric.save(folder / "c", {"model": model, "step": lambda: 0}), "write the checkpoint")
+    content = fabric.load(folder / "c")
+    assert content["step"] == 1
+    same_tree({k: v for k, v in content["model"].items() if isinstance(v, Tensor)}, before)
+    assert sorted(p.name for p in folder.iterdir()) == ["c", "file"]
+
+
+@rule
+def only_checkpoints_are_replaced(fabric: Fabric, folder: Path) -> None:
+    model, _ = build(fabric)
+
+    def fill() -> None:
+        (folder / "notes").mkdir()
+        (folder / "notes" / "a.txt").write_text("a")
+        (folder / "text").write_text("b")
+        (folder / "empty").mkdir()
+
+    rank_zero(fabric, fill)
+    refused(fabric, lambda: fabric.save(folder / "notes", {"model": model}), "notes is a folder", "would be lost")
+    refused(fabric, lambda: fabric.save(folder / "text", {"model": model}), "text is a file", "would be lost")
+    assert (folder / "notes" / "a.txt").read_text() == "a"
+    assert (folder / "text").read_text() == "b"
+    fabric.save(folder / "empty", {"step": 1})
+    fabric.save(folder / "empty", {"step": 2})
+    assert fabric.load(folder / "empty")["step"] == 2
+    # The other form: another strategy saved here before.
+    for other in ("fsdp", "ddp", "fsdp"):
+        saver = fabric_like(fabric, other)
+        fresh, _ = build(saver)
+        saver.save(folder / "empty", {"model": fresh, "step": other})
+        fabric.load(folder / "empty", {"model": model})
+        same_tree(weights(model), weights(fresh))
+    fabric.save(folder / "empty", {"model": model})
+    assert sorted(p.name for p in folder.iterdir()) == ["empty", "notes", "text"]
+
+
+@rule
+def parameters_are_whole(fabric: Fabric, folder: Path) -> None:
+    """Every parameter in a checkpoint has its full size, and under a file that plain torch can read."""
+    model, _ = build(fabric)
+    fabric.save(folder / "c", {"model": model})
+    content = fabric.load(folder / "c")["model"]
+    if (folder / "c").is_file():
+        same_tree(torch.load(folder / "c", weights_only=True)["model"], content)
+    assert {k: v.shape for k, v in content.items() if isinstance(v, Tensor)} == {
+        k: v.shape for k, v in Net().state_dict().items() if isinstance(v, Tensor)
+    }
+    same_tree(fabric.broadcast(content), content)
+
+
+@rule
+def buffers_are_of_rank_zero(fabric: Fabric, folder: Path) -> None:
+    """Running statistics differ between ranks where nobody averages them."""
+    model, _ = build(fabric, nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4)))
+    for buffer in model.buffers():
+        buffer.fill_(3 + fabric.global_rank)
+    fabric.save(folder / "c", {"model": model})
+    fabric.load(folder / "c", {"model": model})
+    assert {b.unique().item() for b in model.buffers()} == {3}
+
+
+@rule
+def order_of_entries_does_not_matter(fabric: Fabric, folder: Path) -> None:
+    """With 16-bit weights the optimizer may hold float32 masters, which those weights, loaded later, would round."""
+    half = fabric_like(fabric, type_name(fabric), "bf16-true")
+    model, optimizer = build(half)
+    steps(half, model, optimizer, 2)
+    half.save(folder / "c", {"optimizer": optimizer, "model": model})
+    expected = steps(half, model, optimizer, 3)
+    other, other_optimizer = build(half)
+    half.load(folder / "c", {"optimizer": other_optimizer, "model": other})
+    assert steps(half, other, other_optimizer, 3) == expected
+    same_tree(weights(other), weights(model))
+
+
+def type_name(fabric: Fabric) -> str:
+    return next(name for name, config in HERE.items() if config == fabric.strategy)
+
+
+RULED = [("single_device", 1), ("ddp", 2), ("fsdp", 2), ("fsdp_full", 2), ("tp", 2), ("zero1", 2), ("zero3", 2)]
+
+
+def follow(fabric: Fabric, strategies: list[str], folder: Path) -> dict[tuple[str, str], Any]:
+    outcomes = {}
+    for strategy in strategies:
+        for function in RULES:
+            mine = folder / strategy / function.__name__
+            mine.mkdir(parents=True, exist_ok=True)
+            outcomes[strategy, function.__name__] = caught(function, fabric_like(fabric, strategy), mine)
+            if fabric.is_global_zero and list(mine.glob(".*")):
+                outcomes[strategy, function.__name__] = "something is left from writing"
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], dict[tuple[str, str], Any]]:
+    folder = tmp_path_factory.mktemp("rules")
+
+    @cache
+    def outcomes(kind: str, world: int) -> dict[tuple[str, str], Any]:
+        strategies = [s for s, w in RULED if (Case(s, w).kind, w) == (kind, world)]
+        try:
+            return launch(follow, kind, world, strategies, folder)
+        except LaunchError as error:
+            return {(s, function.__name__): str(error) for s in strategies for function in RULES}
+
+    return lambda strategy, world: outcomes(Case(strategy, world).kind, world)
+
+
+@pytest.mark.parametrize("name", [function.__name__ for function in RULES])
+@pytest.mark.parametrize(("strategy", "world"), RULED)
+def test_rule(followed: Callable[[str, int], dict[Any, Any]], strategy: str, world: int, name: str) -> None:
+    outcome = followed(strategy, world)[strategy, name]
+    assert outcome is None, outcome

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fabriclite import ConfigError, Fabric
+from fabriclite import ConfigError, Fabric, SetupOrderError
 from fabriclite.module import unwrap
 from fabriclite.shards import full
 from models import MODELS
@@ -175,6 +175,47 @@ def methods_leave_nothing(fabric: Fabric) -> bool:
 @pytest.mark.parametrize(("strategy", "world"), EVERYWHERE[:-1])  # under ZeRO-3 no optimizer is made after
 def test_methods_leave_nothing_behind(strategy: str, world: int) -> None:
     assert run(methods_leave_nothing, strategy, world, precision="bf16-mixed")
+
+
+def block_first(fabric: Fabric) -> bool:
+    """A block called alone computes before the model ever ran, and the model trains after."""
+    fabric.seed_everything(0)
+    module = MODELS["gpt"]()
+    hidden = torch.randn(1, 4, 32)
+    wanted = module.blocks[0](hidden).detach()
+    model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
+    with torch.no_grad():
+        torch.testing.assert_close(model.blocks[0](hidden), wanted)
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    before = model(tokens).detach()
+    fabric.backward(model(tokens).square().mean(), model=model)
+    optimizer.step()
+    return not torch.equal(model(tokens).detach(), before)
+
+
+@pytest.mark.parametrize(("strategy", "world"), EVERYWHERE)
+def test_a_block_may_be_called_first(strategy: str, world: int) -> None:
+    assert run(block_first, strategy, world)
+
+
+def around_ddp(fabric: Fabric, way: str) -> str:
+    model, _ = setup(fabric)
+    x, y = data(fabric)
+    with pytest.raises(SetupOrderError) as caught:
+        if way == "submodule":
+            fabric.backward(F.mse_loss(model.body(x), y))
+        else:
+            output = model(x)
+            fabric.backward(F.mse_loss(output, y), retain_graph=True)
+            fabric.backward(output.sum())
+    with fabric.no_backward_sync(model):  # there nobody expects an average
+        fabric.backward(F.mse_loss(model.body(x), y))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("way", ["submodule", "twice"])
+def test_gradients_that_ddp_would_not_average_are_an_error(way: str) -> None:
+    assert "DDP would leave them unaveraged" in run(around_ddp, "ddp", 2, way)
 
 
 def alone(fabric: Fabric) -> float:

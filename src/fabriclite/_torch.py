@@ -48,11 +48,20 @@ def fsdp_enter(module: Any) -> Callable[[Any], Any]:
     return lambda output: state._post_forward(module, (), output)
 
 
+def fsdp_make_root(module: Any) -> None:
+    """Settle that ``module`` is the root, which FSDP2 otherwise finds by the first forward it sees.
+
+    ``FSDPModule._get_fsdp_state()._lazy_init``. A user who first calls a block alone would make that block a root, and
+    the model's own forward an error. No public way short of a forward.
+    """
+    module._get_fsdp_state()._lazy_init()
+
+
 def enter_hooks_of(module: nn.Module, library: str) -> Callable[[Any], Any]:
     """Run the forward pre-hooks that ``library`` put on ``module``; the result runs its forward hooks on an output.
 
     ``nn.Module._forward_pre_hooks`` and ``_forward_hooks``. ZeRO-3 gathers a module's own parameters, and arranges
-    their gathering in backward, in such hooks. The public way to run them is to call the module, and so its ``forward``.
+    their gathering in backward, in such hooks. The public way to run them is to call the module.
     """
     before, after = module._forward_pre_hooks, module._forward_hooks
     for key in [k for k, hook in before.items() if hook.__module__.startswith(library)]:

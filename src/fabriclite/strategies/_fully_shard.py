@@ -45,6 +45,7 @@ def apply(
                 unit, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=mixed, offload_policy=offload
             )
     fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=mixed, offload_policy=offload)
+    _torch.fsdp_make_root(module)
 
 
 def mixed_precision(precision: Precision) -> MixedPrecisionPolicy:

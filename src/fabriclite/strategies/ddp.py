@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast, final
+from weakref import WeakKeyDictionary as WeakMap
 from weakref import WeakSet
 
 import torch
@@ -16,6 +17,7 @@ from typing_extensions import override
 from fabriclite import _torch, optim_state
 from fabriclite.birth.plan import Birth, InitPlan
 from fabriclite.birth.settle import settle
+from fabriclite.errors import SetupOrderError
 from fabriclite.precision import Precision
 from fabriclite.strategies import _shared
 from fabriclite.strategies.configs import DDPStrategy
@@ -36,11 +38,13 @@ class DDP(Strategy):
     scaler: GradScaler
     warm: "WeakSet[nn.Module]"
     """Engines with a static graph that have seen their first backward."""
+    prepared: "WeakMap[DistributedDataParallel, bool]"
+    """Every engine, and whether its forward ran with gradients since its last backward."""
 
     @classmethod
     def make(cls, config: DDPStrategy, world: World, precision: Precision) -> Self:
         scaler = _shared.make_scaler(world, precision)
-        return cls(config=config, world=world, precision=precision, scaler=scaler, warm=WeakSet())
+        return cls(config=config, world=world, precision=precision, scaler=scaler, warm=WeakSet(), prepared=WeakMap())
 
     @override
     def plan_init(self, empty_init: bool | None) -> InitPlan:
@@ -66,6 +70,7 @@ class DDP(Strategy):
         )
         if config.ddp_comm_hook is not None:
             engine.register_comm_hook(config.ddp_comm_state, config.ddp_comm_hook)
+        self.prepared[engine] = False
         return engine, list(optimizers)
 
     @override
@@ -87,7 +92,10 @@ class DDP(Strategy):
         def run(*args: Any, **kwargs: Any) -> Any:
             # Without gradients there is nothing to average, and DDP's only act would be a collective for buffers, which
             # hangs when one rank alone evaluates or generates.
-            return engine(*args, **kwargs) if torch.is_grad_enabled() else module(*args, **kwargs)
+            if not torch.is_grad_enabled():
+                return module(*args, **kwargs)
+            self._will_average(engine)
+            return engine(*args, **kwargs)
 
         return _shared.in_precision(run, self.world, self.precision)
 
@@ -96,13 +104,30 @@ class DDP(Strategy):
     def region(self, engine: nn.Module, through_root: bool) -> Iterator[Finish]:
         with self.autocast():
             if isinstance(engine, DistributedDataParallel) and torch.is_grad_enabled():
+                self._will_average(engine)
                 yield _torch.ddp_enter(engine)
             else:
                 yield _shared.unchanged
 
     @override
     def backward(self, engine: nn.Module | None, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        syncing = [ddp for ddp in self.prepared if ddp.require_backward_grad_sync]
+        before = [_versions(ddp) for ddp in syncing]
         self.scaler.scale(loss).backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+        for ddp, versions in zip(syncing, before, strict=True):
+            if _versions(ddp) == versions:
+                continue
+            if not self.prepared[ddp]:
+                raise SetupOrderError(
+                    f"Gradients of {type(ddp.module).__name__} must come through its forward or a method of it, once"
+                    " per forward, to be averaged over the ranks, but these did not: DDP would leave them unaveraged."
+                    " Call the model instead of a submodule, and add losses before one backward."
+                )
+            self.prepared[ddp] = False
+
+    def _will_average(self, engine: nn.Module) -> None:
+        if isinstance(engine, DistributedDataParallel) and engine.require_backward_grad_sync:
+            self.prepared[engine] = True
 
     @override
     @contextmanager
@@ -157,3 +182,8 @@ class DDP(Strategy):
     @override
     def sampler_shard(self) -> tuple[int, int]:
         return self.world.size, self.world.rank
+
+
+def _versions(engine: nn.Module) -> list[tuple[int, int]]:
+    """Changes whenever a gradient of ``engine`` does."""
+    return [(id(p.grad), -1 if p.grad is None else p.grad._version) for p in engine.parameters()]
