@@ -1,7 +1,8 @@
 """Norms and clipping of gradients that may be plain, sharded, on one mesh or on several."""
 
-from collections.abc import Callable, Iterable
-from typing import Final
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,9 @@ from fabriclite.errors import NonFiniteGradientError
 from fabriclite.shards import local
 
 _TINY: Final = 1e-6  # as torch.nn.utils.clip_grad_norm_ adds to the norm before dividing by it
+
+Axes = tuple[dist.ProcessGroup, ...]
+"""The process groups over which a gradient's local parts make up the whole; none for a plain or replicated one."""
 
 
 def grads_of(params: Iterable[Tensor]) -> list[Tensor]:
@@ -34,39 +38,7 @@ def total_norm(grads: list[Tensor], norm_type: float, device: torch.device) -> T
     Returns:
         A plain tensor of shape ``()``, equal on all ranks that hold the same model.
     """
-    largest = norm_type == float("inf")
-    total = torch.zeros((), device=device, dtype=torch.float32)
-    for groups, items in _by_axes(grads).items():
-        part = _local_part(items, norm_type, device)
-        for group in groups:
-            dist.all_reduce(part, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=group)
-        total = torch.maximum(total, part) if largest else total + part
-    return total if largest else total ** (1.0 / norm_type)
-
-
-def _by_axes(grads: list[Tensor]) -> dict[tuple[dist.ProcessGroup, ...], list[Tensor]]:
-    groups: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
-    for grad in grads:
-        axes: tuple[dist.ProcessGroup, ...] = ()
-        if isinstance(grad, DTensor):
-            mesh = grad.device_mesh
-            axes = tuple(
-                mesh.get_group(i) for i, p in enumerate(grad.placements) if not p.is_replicate() and mesh.size(i) > 1
-            )
-        groups.setdefault(axes, []).append(local(grad))
-    return groups
-
-
-def _local_part(items: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    wide = torch.float64 if any(g.dtype == torch.float64 for g in items) else torch.float32
-    items = [g for g in items if g.numel()]
-    norms: list[Tensor] = []
-    _in_groups(items, lambda same: norms.extend(n.to(device) for n in _torch.foreach_norms(same, norm_type, wide)))
-    if not norms:
-        return torch.zeros((), device=device, dtype=wide)
-    together = torch.linalg.vector_norm(torch.stack(norms), norm_type)
-    powered: Tensor = together if norm_type == float("inf") else together**norm_type
-    return powered
+    return _norm_of(_by_axes(grads), norm_type, device)
 
 
 @torch.no_grad()
@@ -81,33 +53,78 @@ def clip_by_norm(
     Raises:
         NonFiniteGradientError: the norm is NaN or infinite and ``error_if_nonfinite``. Gradients stay as they are.
     """
-    grads = grads_of(params)
-    norm = total_norm(grads, norm_type, device)
+    groups = _by_axes(grads_of(params))
+    norm = _norm_of(groups, norm_type, device)
     if error_if_nonfinite:
         refuse_nonfinite(norm, norm_type)
     scale = torch.clamp(max_norm / (norm + _TINY), max=1.0)
-    _in_groups(grads, lambda items: _torch.foreach_mul_(items, scale.to(items[0].device)))
+    for items in groups.values():
+        for alike in _alike(items):
+            _torch.foreach_mul_(alike, scale.to(alike[0].device))
     return norm
-
-
-def refuse_nonfinite(norm: Tensor, norm_type: float) -> None:
-    """Raise if ``norm`` is NaN or infinite."""
-    if not torch.isfinite(norm):
-        raise NonFiniteGradientError(
-            f"The gradients' {norm_type:g}-norm must be finite, but is {norm.item()}. Look for the first layer that"
-            " overflows, lower the learning rate, or pass error_if_nonfinite=False to go on."
-        )
 
 
 @torch.no_grad()
 def clip_by_value(params: Iterable[Tensor], clip_value: float) -> None:
     """Clamp every gradient element to ``[-clip_value, clip_value]``, on this rank's part."""
-    _in_groups(grads_of(params), lambda items: _torch.foreach_clamp_(items, -clip_value, clip_value))
+    for alike in _alike([local(grad) for grad in grads_of(params)]):
+        _torch.foreach_clamp_(alike, -clip_value, clip_value)
 
 
-def _in_groups(grads: list[Tensor], apply: Callable[[list[Tensor]], object]) -> None:
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+def refuse_nonfinite(norm: Tensor, norm_type: float) -> None:
+    """Raise if ``norm`` is NaN or infinite."""
+    value = norm.item()
+    if not math.isfinite(value):
+        raise NonFiniteGradientError(
+            f"The gradients' {norm_type:g}-norm must be finite, but is {value}. Look for the first layer that"
+            " overflows, lower the learning rate, or pass error_if_nonfinite=False to go on."
+        )
+
+
+def _by_axes(grads: list[Tensor]) -> dict[Axes, list[Tensor]]:
+    """Local parts, grouped by the axes that shard them."""
+    groups: dict[Axes, list[Tensor]] = {}
+    known: dict[Any, Axes] = {None: ()}  # asking a mesh for a group costs more than the norm of a small tensor
     for grad in grads:
-        groups.setdefault((grad.device, grad.dtype), []).append(local(grad))
-    for items in groups.values():
-        apply(items)
+        key = (id(grad.device_mesh), grad.placements) if isinstance(grad, DTensor) else None
+        if key not in known and isinstance(grad, DTensor):
+            mesh = grad.device_mesh
+            cuts = [i for i, p in enumerate(grad.placements) if not p.is_replicate() and mesh.size(i) > 1]
+            known[key] = tuple(mesh.get_group(i) for i in cuts)
+        groups.setdefault(known[key], []).append(local(grad))
+    return groups
+
+
+def _norm_of(groups: dict[Axes, list[Tensor]], norm_type: float, device: torch.device) -> Tensor:
+    wide = any(g.dtype == torch.float64 for items in groups.values() for g in items)
+    dtype = torch.float64 if wide else torch.float32
+    if groups.keys() <= {()}:
+        return _local_norm(groups.get((), []), norm_type, dtype, device)
+    largest = norm_type == math.inf
+    parts: list[Tensor] = []
+    for axes, items in groups.items():
+        norm = _local_norm(items, norm_type, dtype, device)
+        part = norm if largest else norm**norm_type
+        for group in axes:
+            dist.all_reduce(part, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=group)
+        parts.append(part)
+    return torch.stack(parts).amax() if largest else torch.stack(parts).sum().pow(1.0 / norm_type)
+
+
+def _local_norm(items: list[Tensor], norm_type: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    norms: list[Tensor] = []
+    for alike in _alike([g for g in items if g.numel()]):
+        found = _torch.foreach_norms(alike, norm_type, dtype)
+        norms += found if found[0].device == device else [n.to(device) for n in found]
+    if not norms:
+        return torch.zeros((), device=device, dtype=dtype)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    return norm
+
+
+def _alike(items: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one device and dtype together: what one foreach call takes."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for item in items:
+        groups.setdefault((item.device, item.dtype), []).append(item)
+    yield from groups.values()

@@ -42,6 +42,8 @@ def in_precision(run: Callable[..., Any], world: World, precision: Precision) ->
     if precision.half:
 
         def half(*args: Any, **kwargs: Any) -> Any:
+            if not kwargs and all(type(arg) is Tensor for arg in args):  # walking a tree costs 12 us
+                return run(*[_to_half(arg, precision.param_dtype) for arg in args])
             args, kwargs = _torch.tree_map(lambda leaf: _to_half(leaf, precision.param_dtype), (args, kwargs))
             return run(*args, **kwargs)
 
