@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,10 +36,14 @@ STEPS, SAVED_AT = 6, 3
 SAMPLES = 12
 """Per step, over all ranks: 1, 2, 3 and 4 of them divide it."""
 
+IMPATIENT = timedelta(seconds=30)
+"""How long a rank waits for one that failed alone."""
 HERE: dict[str, Any] = {
-    **STRATEGIES,
-    "fsdp_full": FSDPStrategy(state_dict_type="full", start_method="forkserver"),
-    "tp_full": ModelParallelStrategy(save_distributed_checkpoint=False, start_method="forkserver"),
+    **{k: replace(v, timeout=IMPATIENT) if v.distributed else v for k, v in STRATEGIES.items()},
+    "fsdp_full": FSDPStrategy(state_dict_type="full", timeout=IMPATIENT, start_method="forkserver"),
+    "tp_full": ModelParallelStrategy(
+        save_distributed_checkpoint=False, timeout=IMPATIENT, start_method="forkserver"
+    ),
 }
 
 
@@ -226,6 +231,7 @@ def caught(function: Callable[..., Any], *args: Any) -> Any:
     try:
         return function(*args)
     except Exception:
+        print(traceback.format_exc(), file=open("/tmp/progress","a"), flush=True)
         return traceback.format_exc()
 
 
@@ -632,11 +638,8 @@ def optimizers_must_be_of_one_kind(fabric: Fabric, folder: Path) -> None:
     fabric.save(folder / "adam", {"optimizer": adam_optimizer})
     refused(fabric, lambda: fabric.load(folder / "adam", {"optimizer": optimizer}), "betas", "lacks", "dampening")
     wide, wide_optimizer = build(fabric, Net(width=6))
-    refused(
-        fabric, lambda: fabric.load(folder / "adam", {"optimizer": wide_optimizer}), "exp_avg of head.", "(6", "(4"
-    )
-    other = fabric.setup(Net(), AdamW(Net().parameters())) if False else None
-    assert other is None
+    act = lambda: fabric.load(folder / "adam", {"optimizer": wide_optimizer})  # noqa: E731
+    refused(fabric, act, "exp_avg of head.", "(6", "(4")
     expected = steps(fabric, adam, adam_optimizer)
     assert expected != steps(fabric, wide, wide_optimizer), "a refused load must leave an optimizer that steps"
 
@@ -831,6 +834,7 @@ def follow(fabric: Fabric, strategies: list[str], folder: Path) -> dict[tuple[st
         for function in RULES:
             mine = folder / strategy / function.__name__
             mine.mkdir(parents=True, exist_ok=True)
+            print(fabric.global_rank, strategy, function.__name__, file=open("/tmp/progress","a"), flush=True)
             outcomes[strategy, function.__name__] = caught(function, fabric_like(fabric, strategy), mine)
             if fabric.is_global_zero and list(mine.glob(".*")):
                 outcomes[strategy, function.__name__] = "something is left from writing"

@@ -5,12 +5,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-from lightning_utilities.core.imports import RequirementCache
 
 from fabriclite.errors import ConfigError
 
-_NUMPY = RequirementCache("numpy")
 _LIMIT = 2**32
 
 
@@ -42,10 +41,7 @@ def seed_everything(seed: int | None = None, workers: bool | None = None, verbos
         raise ConfigError(f"`seed` must be a whole number in [0, 2**32), but is {seed!r}.")
     random.seed(seed)
     torch.manual_seed(seed)
-    if _NUMPY:
-        import numpy as np
-
-        np.random.seed(seed)
+    np.random.seed(seed)
     _Chosen.workers = bool(workers)
     return seed
 
@@ -65,10 +61,7 @@ class _SeedWorker:
         mixed = random.Random(f"{torch.initial_seed()}/{worker}/{self.rank}")  # a str seeds by its hash in full
         random.seed(mixed.getrandbits(64))
         torch.manual_seed(mixed.getrandbits(63))
-        if _NUMPY:
-            import numpy as np
-
-            np.random.seed(mixed.getrandbits(32))
+        np.random.seed(mixed.getrandbits(32))
 
 
 @contextmanager
@@ -79,10 +72,7 @@ def seeded(seed: int, *generators: torch.Generator) -> Iterator[None]:
     for generator in (torch.default_generator, *generators):
         generator.manual_seed(seed)
     random.seed(seed)
-    if _NUMPY:
-        import numpy as np
-
-        np.random.seed(seed % _LIMIT)
+    np.random.seed(seed % _LIMIT)
     try:
         yield
     finally:
@@ -115,12 +105,9 @@ def rng_state() -> dict[str, Any]:
 def host_rng_state() -> dict[str, Any]:
     """:func:`rng_state` without the accelerator's, which asking for would start."""
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if _NUMPY:
-        import numpy as np
-
-        kind, keys, *rest = np.random.get_state(legacy=True)
-        words = torch.from_numpy(np.asarray(keys).astype(np.int64))
-        state["numpy"] = (str(kind), words, *(float(v) if isinstance(v, float) else int(v) for v in rest))
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    words = torch.from_numpy(np.asarray(keys).astype(np.int64))
+    state["numpy"] = (str(kind), words, *(float(v) if isinstance(v, float) else int(v) for v in rest))
     return state
 
 
@@ -131,7 +118,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-    if "numpy" in state and _NUMPY:
+    if "numpy" in state:
         import numpy as np
 
         kind, keys, *rest = state["numpy"]

@@ -102,7 +102,7 @@ def read_whole(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
         found = _stored_of(stored, key)
         target = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in found.items()}
         _read(path, key, target)
-        if isinstance(rest, Mapping) and "param_groups" in rest:
+        if isinstance(rest, Mapping) and "state" in rest:  # an optimizer's, or a value of that form
             out[key] = _nested(target, rest)
         elif target:
             out[key] = {**rest, **target}
@@ -199,4 +199,4 @@ def _nested(flat: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, An
     for name, tensor in flat.items():
         param, _, key = name.removeprefix("state.").rpartition(".")
         state.setdefault(param, {})[key] = tensor
-    return {"state": state, "param_groups": rest["param_groups"]}
+    return {**rest, "state": state}

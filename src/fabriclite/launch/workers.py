@@ -2,6 +2,7 @@
 
 import atexit
 import copyreg
+import gc
 import io
 import multiprocessing as mp
 import os
@@ -162,30 +163,37 @@ def run_function(
         ConfigError: function or arguments cannot be pickled, and must be.
         LaunchError: a process failed; the message is the traceback of the first one that did.
     """
-    context: Any = mp.get_context(method)  # typeshed knows Process only on the concrete contexts
-    if method == "forkserver":
-        context.set_forkserver_preload(list(_PRELOAD))
-    store = serve_store(size)
-    threads = threads_each(size)
-    readers: list[Connection] = []
-    processes = []
-    for rank in range(size):
-        reader, writer = context.Pipe(duplex=False)
-        env = worker_env(rank, size, store.port)
-        process = context.Process(
-            target=_work, args=(writer, rank, env, threads, _Private((function, args, dict(kwargs)))), daemon=False
-        )
-        _start(process, method)
-        writer.close()
-        readers.append(reader)
-        processes.append(process)
-    outcomes = _collect(readers, processes)
+    outcomes = _outcomes(_Private((function, args, dict(kwargs))), size, method)
     failures = sorted((o for o in outcomes if o.error is not None), key=lambda o: o.at)
     if failures:
         first, *others = failures
         after = "".join(f"\nThen rank {o.rank}: {(o.error or '').strip().splitlines()[-1][:200]}" for o in others)
         raise LaunchError(f"Rank {first.rank} of {size} failed:\n\n{first.error}{after}")
     return next(o.value for o in outcomes if o.rank == 0)
+
+
+def _outcomes(work: _Private, size: int, method: str) -> list[_Outcome]:
+    context: Any = mp.get_context(method)  # typeshed knows Process only on the concrete contexts
+    if method == "forkserver":
+        context.set_forkserver_preload(list(_PRELOAD))
+    store = serve_store(size)
+    readers: list[Connection] = []
+    processes: list[Any] = []
+    try:
+        for rank in range(size):
+            reader, writer = context.Pipe(duplex=False)
+            env = worker_env(rank, size, store.port)
+            process = context.Process(target=_work, args=(writer, rank, env, threads_each(size), work), daemon=False)
+            _start(process, method)
+            writer.close()
+            readers.append(reader)
+            processes.append(process)
+        return _collect(readers, processes)
+    finally:
+        for process in processes:
+            if process.is_alive():  # this process was interrupted
+                process.kill()
+        del store  # a traceback would keep it, and a process forked later hang in its destructor
 
 
 def _start(process: Any, method: str) -> None:
@@ -205,6 +213,7 @@ def _work(
     threads: int,
     work: "_Private",
 ) -> None:
+    gc.freeze()  # a forked process must not run destructors of what its parent left: their threads are not here
     os.environ.update(env)
     torch.set_num_threads(threads)
     parent.end_with(mp.parent_process())
