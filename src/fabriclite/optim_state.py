@@ -125,7 +125,7 @@ def check_moments(
                 f"The checkpoint's moments must be of parameters that are stepped, but {name} is not."
             )
         keys, mine = set(values) - {MASTER}, set(own.get(name, {}))
-        if mine and keys != mine:
+        if mine and keys and keys != mine:
             raise CheckpointError(
                 f"The checkpoint must hold {', '.join(sorted(mine))} of {name}, but holds"
                 f" {', '.join(sorted(keys)) or 'nothing'}. Make the optimizer as it was when it was saved."

@@ -133,17 +133,18 @@ def optimizer_state(module: nn.Module, base: Optimizer, group_names: list[list[s
     """State by parameter name with whole tensors on the host. Every rank must call this."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    params = dict(module.named_parameters())
+    params = _stepped(module, group_names)
+    _link(base, params, group_names)
     flat_keys, scalars = _keys(base)
     state: dict[str, dict[str, Any]] = {}
-    for name in (n for names in group_names for n in names):
-        param = params[name]
-        shape = getattr(param, "ds_shape", param.shape)
+    for name, param in params.items():
+        shape = _full_shapes({name: param})[name]
         values = {k: safe_get_full_optimizer_state(param, k).reshape(shape).cpu().clone() for k in flat_keys}
         values.update({k: _copy(v) for k, v in scalars.items()})
         if masters:
             values[MASTER] = safe_get_full_fp32_param(param).reshape(shape).cpu().clone()
-        state[name] = values
+        if values:  # nothing is invented before the first step
+            state[name] = values
     groups = [
         {**{k: v for k, v in group.items() if k != "params"}, "params": list(names)}
         for group, names in zip(base.param_groups, group_names, strict=True)
@@ -160,22 +161,50 @@ def load_optimizer_state(
         CheckpointError: the saved groups, names, keys or shapes are not those of such an optimizer.
     """
     saved = optim_state.match(base.param_groups, group_names, saved)
-    params = dict(module.named_parameters())
-    if not saved["state"]:
-        base.state.clear()  # saved before its first step
+    params = _stepped(module, group_names)
+    optim_state.check_moments(_full_shapes(params), {}, saved["state"])
+    if all(set(values) <= {MASTER} for values in saved["state"].values()):
+        base.state.clear()  # saved before its first step, or it keeps none
     elif not base.state:
         _make_room(engine, base, params, saved["state"])
+    _link(base, params, group_names)
     flat_keys, _ = _keys(base)
     for name, values in saved["state"].items():
+        if absent := [key for key in flat_keys if key not in values]:
+            raise CheckpointError(f"The checkpoint must hold {absent[0]!r} of {name}, but does not: another optimizer.")
+    for name, values in saved["state"].items():
         for key in flat_keys:
-            if key not in values:
-                raise CheckpointError(f"The checkpoint must hold {key!r} of {name}, but does not: another optimizer.")
             _set_state(params[name], values[key], key)
         if MASTER in values:
             _set_master(params[name], values[MASTER])
     _set_scalars(base, flat_keys, saved["state"])
     for group, stored in zip(base.param_groups, saved["param_groups"], strict=True):
         group.update({k: v for k, v in stored.items() if k not in optim_state.HERE_ONLY})
+
+
+def _stepped(module: nn.Module, group_names: list[list[str]]) -> dict[str, nn.Parameter]:
+    """By name, the parameters that have moments: frozen ones may be listed in a group, and have none."""
+    params = dict(module.named_parameters())
+    return {name: params[name] for names in group_names for name in names if params[name].requires_grad}
+
+
+def _full_shapes(params: Mapping[str, nn.Parameter]) -> dict[str, torch.Size]:
+    """Full shapes."""
+    return {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in params.items()}
+
+
+def _link(base: Optimizer, params: Mapping[str, nn.Parameter], group_names: list[list[str]]) -> None:
+    """Let parameters find their moments in the flat partitions (stages 1 and 2; stage 3 looks each time).
+
+    DeepSpeed 0.19 links once, inside the first step of the first group: later groups, and state that came after, never.
+    """
+    from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+    for group, names in zip(base.param_groups, group_names, strict=True):
+        linked = [params[n] for n in names if hasattr(params.get(n), "_hp_mapping")]
+        for flat in group["params"]:
+            if linked and flat in base.state:
+                lazy_init_hp_params_optimizer_state(linked, flat, base.state)
 
 
 def _set_scalars(base: Optimizer, flat_keys: list[str], saved: Mapping[str, Mapping[str, Any]]) -> None:
@@ -203,7 +232,7 @@ def _make_room(
     stage_3_flats = getattr(zero, "fp32_partitioned_groups_flat", None)
     flats = stage_3_flats if stage_3_flats is not None else [p for g in base.param_groups for p in g["params"]]
     name, values = next(iter(saved.items()))
-    shape = torch.Size(getattr(params[name], "ds_shape", params[name].shape))
+    shape = _full_shapes(params)[name]
     for flat in flats:
         base.state[flat] = {
             key: torch.zeros_like(flat, requires_grad=False)
@@ -212,9 +241,6 @@ def _make_room(
             for key, value in values.items()
             if key != MASTER
         }
-    if stage_3_flats is None:
-        # Stages 1 and 2 (and their bfloat16 optimizer) link parameters to state at the first step: too late here.
-        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _copy(value: Any) -> Any:
