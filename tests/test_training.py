@@ -33,7 +33,7 @@ EVERYWHERE = [("single_device", 1), ("ddp", 2), ("fsdp", 2), ("hsdp", 4), ("tp",
 
 
 class Mlp(nn.Module):
-    """Even for every split; a bare parameter, so that sharded, replicated and tensor-parallel ones stand side by side."""
+    """Even for every split; a bare parameter, so that sharded and replicated ones stand side by side."""
 
     _tp_plan = {"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}  # noqa: RUF012  # as models carry it
 
@@ -80,7 +80,7 @@ def plain_gradients(scale: float = 1.0) -> tuple[nn.Module, list[Tensor]]:
     return module, [p.grad for p in module.parameters() if p.grad is not None]
 
 
-# -- clipping ------------------------------------------------------------------------------------------------------------
+# -- clipping --------------------------------------------------------------------------------------
 
 
 def norms(fabric: Fabric) -> dict[float, tuple[str, tuple[int, ...], float]]:
@@ -142,7 +142,7 @@ def test_error_if_nonfinite_is_honoured(strategy: str, world: int) -> None:  # p
     assert run(non_finite, strategy, world)
 
 
-# -- synchronising gradients ---------------------------------------------------------------------------------------------
+# -- synchronising gradients -----------------------------------------------------------------------
 
 
 def accumulates(fabric: Fabric) -> list[list[Tensor]]:
@@ -202,7 +202,7 @@ def test_no_backward_sync_saves_the_communication(strategy: str) -> None:
     assert run(does_not_sync, strategy, 2)
 
 
-# -- optimizers ----------------------------------------------------------------------------------------------------------
+# -- optimizers ------------------------------------------------------------------------------------
 
 
 def joint_trains(fabric: Fabric) -> bool:
@@ -295,7 +295,7 @@ def test_two_models_stay_apart(strategy: str, world: int) -> None:
     assert min(moved) > 0
 
 
-# -- loss scaling --------------------------------------------------------------------------------------------------------
+# -- loss scaling ----------------------------------------------------------------------------------
 
 
 def scales(fabric: Fabric) -> tuple[list[float], list[float], list[Tensor]]:
@@ -345,7 +345,7 @@ def half_losses(fabric: Fabric) -> list[float]:
     return losses
 
 
-# -- traps that give wrong results silently ------------------------------------------------------------------------------
+# -- traps that give wrong results silently --------------------------------------------------------
 
 
 def optimizer_after_evaluation(fabric: Fabric) -> bool:
@@ -400,7 +400,7 @@ def test_all_ranks_hold_rank_zeros_model(strategy: str, world: int) -> None:
     assert run(unseeded, strategy, world) == (True, True)
 
 
-# -- tensor parallel -----------------------------------------------------------------------------------------------------
+# -- tensor parallel -------------------------------------------------------------------------------
 
 
 def llama_losses(fabric: Fabric) -> list[float]:
@@ -461,8 +461,15 @@ def test_ranks_of_one_product_draw_the_same_dropout() -> None:
 
 @pytest.mark.parametrize(
     ("world", "data_size", "tensor_size", "wanted"),
-    [(1, "auto", "auto", (1, 1)), (2, "auto", "auto", (1, 2)), (4, "auto", "auto", (2, 2)), (8, "auto", "auto", (4, 2))]
-    + [(8, "auto", 4, (2, 4)), (8, 2, "auto", (2, 4)), (6, 3, 2, (3, 2))],
+    [
+        (1, "auto", "auto", (1, 1)),
+        (2, "auto", "auto", (1, 2)),
+        (4, "auto", "auto", (2, 2)),
+        (8, "auto", "auto", (4, 2)),
+        (8, "auto", 4, (2, 4)),
+        (8, 2, "auto", (2, 4)),
+        (6, 3, 2, (3, 2)),
+    ],
 )
 def test_auto_never_means_tensor_parallel_over_everything(  # peers row 21
     world: int, data_size: Any, tensor_size: Any, wanted: tuple[int, int]
@@ -471,7 +478,7 @@ def test_auto_never_means_tensor_parallel_over_everything(  # peers row 21
     assert config.sizes(world) == wanted
 
 
-# -- wrapping ------------------------------------------------------------------------------------------------------------
+# -- wrapping --------------------------------------------------------------------------------------
 
 
 def test_the_repeated_block_is_found() -> None:
@@ -518,7 +525,7 @@ def test_fsdp_shards_what_it_says() -> None:
     assert len(units) == 5
 
 
-# -- the rest of DDP and friends -----------------------------------------------------------------------------------------
+# -- the rest of DDP and friends -------------------------------------------------------------------
 
 
 class Sometimes(nn.Module):

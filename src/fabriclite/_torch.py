@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map as tree_map  # its public twin, torch.utils.pytree, came after 2.11
+
+# The public twin of these, torch.utils.pytree, came after 2.11.
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

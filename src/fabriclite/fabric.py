@@ -459,10 +459,11 @@ class Fabric:
             path: what :meth:`save` wrote.
             state: the same names with this run's objects. Plain values are replaced in it. ``None`` reads all.
             strict: names must be the same on both sides.
-            weights_only: restore tensors and plain values only; ``False`` may run code from the file.
+            weights_only: restore tensors and plain values only; ``False`` may run code from the file. A folder's index
+                (``.metadata``) is torch's and unpickled by torch in either case.
 
         Returns:
-            What the checkpoint holds beyond ``state``.
+            What the checkpoint holds beyond ``state``, less what is sharded there.
 
         Raises:
             CheckpointError: it cannot be read, or does not fit; all differing names are listed.

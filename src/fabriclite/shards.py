@@ -48,3 +48,8 @@ def write(target: Tensor, value: Tensor) -> None:
         target.copy_(value.full_tensor())
     else:
         target.copy_(value)
+
+
+def is_extra(name: str) -> bool:
+    """Whether an item of a module's state is what its ``get_extra_state`` gave: of any kind, a tensor included."""
+    return name.rpartition(".")[2] == "_extra_state"

@@ -17,13 +17,13 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
 
+from fabriclite import shards
 from fabriclite.checkpoint import file, place
 from fabriclite.checkpoint.agree import on_all, on_rank_zero
 from fabriclite.checkpoint.parts import (
     ModulePart,
     OptimizerPart,
     Part,
-    is_extra,
     rest_of,
     taken,
     tensors_of,
@@ -81,7 +81,7 @@ def _split(part: Part, state: Any) -> tuple[dict[str, Tensor], Any]:
         return tensors_of(state), rest_of(state)
     if not isinstance(part, ModulePart):
         return {}, state
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor) and not is_extra(k)}
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor) and not shards.is_extra(k)}
     return tensors, {k: v for k, v in state.items() if k not in tensors}
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fabriclite import shards
-from fabriclite._torch import tree_map
+from fabriclite._torch import tree_leaves, tree_map
 from fabriclite.errors import CheckpointError, ConfigError
 from fabriclite.strategy import Strategy
 
@@ -85,7 +85,14 @@ class ValuePart:
     key: str
 
     def state(self) -> Any:
-        return self.holder[self.key]
+        value = self.holder[self.key]
+        inside = [type(leaf).__name__ for leaf in tree_leaves(value) if isinstance(leaf, nn.Module | Optimizer)]
+        if inside:
+            raise ConfigError(
+                f"`state` must name each module and optimizer itself, but {self.key!r} holds a {inside[0]} inside a"
+                f" {type(value).__name__}. Write {{'{self.key}_0': ..., '{self.key}_1': ...}}."
+            )
+        return value
 
     def load(self, value: Any, strict: bool) -> None:
         self.holder[self.key] = value
@@ -122,11 +129,6 @@ def whole(tree: Any, keep: bool) -> Any:
         return gathered.detach().cpu() if keep else None
 
     return tree_map(leaf, tree)
-
-
-def is_extra(name: str) -> bool:
-    """Whether an item of a module's state is what its ``get_extra_state`` gave: of any kind, a tensor included."""
-    return name.rpartition(".")[2] == "_extra_state"
 
 
 def tensors_of(tree: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -126,6 +126,20 @@ class _Outcome:
     error: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Usual:
+    """What a rank does as it would in a script.
+
+    Attributes:
+        threads: CPU threads of one operation.
+        start_method: how data-loading workers start; multiprocessing would go on with the rank's own. ``None`` is the
+            platform's default.
+    """
+
+    threads: int
+    start_method: str | None
+
+
 class _Private:
     """What a process gets as its own. Torch has multiprocessing pass tensors as memory that all processes share: ranks
     would write into each other's arguments."""
@@ -176,6 +190,7 @@ def _outcomes(work: _Private, size: int, method: str) -> list[_Outcome]:
     context: Any = mp.get_context(method)  # typeshed knows Process only on the concrete contexts
     if method == "forkserver":
         context.set_forkserver_preload(list(_PRELOAD))
+    usual = _Usual(threads_each(size), mp.get_start_method(allow_none=True))
     store = serve_store(size)
     readers: list[Connection] = []
     processes: list[Any] = []
@@ -183,7 +198,7 @@ def _outcomes(work: _Private, size: int, method: str) -> list[_Outcome]:
         for rank in range(size):
             reader, writer = context.Pipe(duplex=False)
             env = worker_env(rank, size, store.port)
-            process = context.Process(target=_work, args=(writer, rank, env, threads_each(size), work), daemon=False)
+            process = context.Process(target=_work, args=(writer, rank, env, usual, work), daemon=False)
             _start(process, method)
             writer.close()
             readers.append(reader)
@@ -206,16 +221,11 @@ def _start(process: Any, method: str) -> None:
         ) from error
 
 
-def _work(
-    writer: Connection,
-    rank: int,
-    env: dict[str, str],
-    threads: int,
-    work: "_Private",
-) -> None:
+def _work(writer: Connection, rank: int, env: dict[str, str], usual: _Usual, work: _Private) -> None:
     gc.freeze()  # a forked process must not run destructors of what its parent left: their threads are not here
     os.environ.update(env)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(usual.threads)
+    mp.set_start_method(usual.start_method, force=True)
     parent.end_with(mp.parent_process())
     function, args, kwargs = work.value
     try:

@@ -126,12 +126,12 @@ def load_into(module: nn.Module, state: Mapping[str, Any], strict: bool) -> None
     own = module.state_dict()
     check_fits(own, state, strict)
     for name, value in state.items():
-        target = own.get(name)
-        if isinstance(target, Tensor):
-            shards.write(target, value)
-        elif name in own:
-            prefix = name.rpartition(".")[0]
-            module.get_submodule(prefix).set_extra_state(value)
+        if name not in own:
+            continue
+        if shards.is_extra(name):
+            module.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
+        elif isinstance(own[name], Tensor):
+            shards.write(own[name], value)
 
 
 def check_fits(own: Mapping[str, Any], state: Mapping[str, Any], strict: bool) -> None:
@@ -145,7 +145,7 @@ def check_fits(own: Mapping[str, Any], state: Mapping[str, Any], strict: bool) -
     wrong = [
         f"{k}: {_look(own[k])} here, {_look(v)} in the checkpoint"
         for k, v in state.items()
-        if isinstance(own.get(k), Tensor) and _look(v) != _look(own[k])
+        if isinstance(own.get(k), Tensor) and not shards.is_extra(k) and _look(v) != _look(own[k])
     ]
     names = f"missing: {missing or 'none'}; unexpected: {unexpected or 'none'}."
     if wrong:
