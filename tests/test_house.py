@@ -11,8 +11,8 @@ SRC = Path(fabriclite.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 FLOORS = {
     0: ("errors", "precision", "world", "devices", "_torch"),
-    1: ("birth", "shards", "seed", "data"),
-    2: ("strategy", "collectives", "gradients", "optim", "optim_state", "checkpoint.parts", "launch"),
+    1: ("birth", "shards", "seed"),
+    2: ("strategy", "collectives", "gradients", "optim", "optim_state", "data", "checkpoint.parts", "launch"),
     3: ("strategies", "module", "checkpoint"),
     4: ("registry", "arguments", "books"),
     5: ("fabric",),

@@ -1,7 +1,7 @@
 """Collective operations as free functions of a ``World`` and a value. Every rank must call each of them.
 
-A world of one needs no process group: each function then returns its input (``all_gather`` with the leading world
-dimension it always adds).
+A world of one needs no process group: each function then returns what went in (``all_gather`` with the leading world
+dimension it always adds). What ``all_reduce`` and ``all_gather`` return shares no memory with their input.
 """
 
 from typing import Any, Final, TypeVar
@@ -24,6 +24,9 @@ _OPS: Final = {
     "min": dist.ReduceOp.MIN,
     "product": dist.ReduceOp.PRODUCT,
 }
+_MEANS: Final = ("mean", "avg")
+_SENT_AS: Final = {torch.int16: torch.int32, torch.uint16: torch.int32, torch.uint32: torch.int64}
+"""What neither gloo nor NCCL knows, and what holds it."""
 
 
 def barrier(world: World) -> None:
@@ -66,7 +69,8 @@ def all_reduce(world: World, data: T, reduce_op: str = "mean", group: Any = None
     Args:
         world: the processes.
         data: a tensor, a number, or a tree (dict, list, tuple) of them. Numbers become tensors: integers 64-bit, floats
-            float64, so that nothing overflows or is rounded. The inputs stay as they are.
+            float64, so that nothing overflows or is rounded. Tensors keep their dtype, but means of integers are
+            float64, and sums of booleans 64-bit counts. The inputs stay as they are.
         reduce_op: ``"mean"``, ``"sum"``, ``"max"``, ``"min"`` or ``"product"``.
         group: a process group; the default is all ranks.
 
@@ -84,16 +88,26 @@ def _reduce_leaf(world: World, leaf: Any, name: str, group: Any) -> Any:
     if tensor is None:
         return leaf
     size = 1 if world.size == 1 else dist.get_world_size(group)
-    reduced = tensor.detach().clone()
+    home = tensor.detach().to(world.device, _carrier(tensor.dtype, name), copy=True)
     if size > 1:
-        home = reduced.to(world.device)
         dist.all_reduce(home, op=_OPS[name], group=group)
-        reduced = home.to(tensor.device)
-    if name in ("mean", "avg"):
-        if reduced.is_floating_point() or reduced.is_complex():
-            return reduced / size if size > 1 else reduced
-        return reduced.to(torch.float64) / size
-    return reduced
+    if name in _MEANS:
+        if not (home.is_floating_point() or home.is_complex()):
+            return (home.to(_widest_float(world)) / size).to(tensor.device)
+        home = home / size
+    counted = name == "sum" and tensor.dtype == torch.bool
+    return home.to(tensor.device, home.dtype if counted else tensor.dtype)
+
+
+def _carrier(dtype: torch.dtype, name: str) -> torch.dtype:
+    """In which dtype ranks add up: means neither overflow nor round on the way, and booleans are counted."""
+    if name in _MEANS and dtype in (torch.float16, torch.bfloat16):
+        return torch.float32
+    if name in _MEANS and not (dtype.is_floating_point or dtype.is_complex):
+        return torch.int64
+    if name == "sum" and dtype == torch.bool:
+        return torch.int64
+    return _SENT_AS.get(dtype, dtype)
 
 
 def all_gather(world: World, data: T, sync_grads: bool = False, group: Any = None) -> T:
@@ -116,8 +130,8 @@ def _gather_leaf(world: World, leaf: Any, sync_grads: bool, group: Any) -> Any:
     if tensor is None:
         return leaf
     if world.size == 1:
-        return (tensor if sync_grads else tensor.detach()).unsqueeze(0)
-    home = tensor.to(world.device).contiguous()
+        return torch.stack([tensor if sync_grads else tensor.detach()])  # a copy, as in larger worlds
+    home = tensor.to(world.device, _SENT_AS.get(tensor.dtype, tensor.dtype)).contiguous()
     if sync_grads:
         from torch.distributed.nn.functional import all_gather as gather_with_grad  # only for those who need it
 
@@ -125,7 +139,7 @@ def _gather_leaf(world: World, leaf: Any, sync_grads: bool, group: Any) -> Any:
         return torch.stack(list(pieces))
     slices = [torch.empty_like(home) for _ in range(dist.get_world_size(group))]
     dist.all_gather(slices, home.detach(), group=group)
-    return torch.stack(slices)
+    return torch.stack(slices).to(tensor.dtype)
 
 
 def gather_objects(world: World, obj: T) -> list[T]:
@@ -143,6 +157,9 @@ def _tensor(leaf: Any, world: World) -> Tensor | None:
     if isinstance(leaf, bool | int):
         return torch.tensor(leaf, dtype=torch.int64, device=world.device)
     if isinstance(leaf, float):
-        dtype = torch.float32 if world.device.type == "mps" else torch.float64
-        return torch.tensor(leaf, dtype=dtype, device=world.device)
+        return torch.tensor(leaf, dtype=_widest_float(world), device=world.device)
     return None
+
+
+def _widest_float(world: World) -> torch.dtype:
+    return torch.float32 if world.device.type == "mps" else torch.float64

@@ -18,8 +18,10 @@ from torch.utils.data import (
 )
 from typing_extensions import override
 
-from fabriclite.errors import ConfigError
-from fabriclite.seed import seeded
+from fabriclite.collectives import broadcast
+from fabriclite.errors import ConfigError, SetupOrderError
+from fabriclite.seed import seeded, worker_init
+from fabriclite.world import World
 
 
 class EpochSampler(DistributedSampler[Any]):
@@ -175,9 +177,40 @@ def _again(loader: DataLoader[Any], **choice: Any) -> DataLoader[Any]:
         ) from error
 
 
-def is_set_up(loader: object) -> bool:
-    """Whether ``loader`` came out of ``setup_dataloaders``."""
-    return type(loader) is FabricDataLoader
+def check_loader(loader: object) -> None:
+    """Raise unless ``loader`` is a ``DataLoader`` that was not set up yet.
+
+    Raises:
+        ConfigError: it is something else.
+        SetupOrderError: it was set up already.
+    """
+    if type(loader) is FabricDataLoader:
+        raise SetupOrderError(
+            "A data loader must be set up once, but this one was already. Use what setup_dataloaders returned."
+        )
+    if not isinstance(loader, DataLoader):
+        raise ConfigError(f"`dataloaders` must be DataLoader objects, but one is {type(loader).__name__}.")
+
+
+def set_up(
+    loader: DataLoader[Any], world: World, parts: tuple[int, int] | None, device: torch.device | None
+) -> "FabricDataLoader":
+    """The loader that this rank reads. Every rank must call this.
+
+    Args:
+        loader: as the user made it.
+        world: the processes; rank 0's seed decides the order on all of them.
+        parts: ``(replicas, index)`` of the data this rank reads; ``None`` leaves that to the user.
+        device: where batches go; ``None`` leaves them where they are.
+    """
+    if parts is not None:
+        generator = getattr(loader.sampler, "generator", None) or loader.generator
+        own = torch.initial_seed() if generator is None else generator.initial_seed()
+        loader = shard(loader, *parts, broadcast(world, own) % 2**32)
+    init = worker_init(world.rank)
+    if init is not None and loader.num_workers > 0 and loader.worker_init_fn is None:
+        loader.worker_init_fn = init
+    return FabricDataLoader(loader, device)
 
 
 class FabricDataLoader:

@@ -300,25 +300,14 @@ class Fabric:
         Raises:
             ConfigError: an argument is no ``DataLoader``, or its sampler cannot be split.
         """
-        replicas, index = self._running.sampler_shard()
+        shard = self._running.sampler_shard()
         if not dataloaders:
             raise ConfigError("`setup_dataloaders` must get at least one DataLoader, but got none.")
-        ready: list[Any] = []
         for loader in dataloaders:
-            if not isinstance(loader, DataLoader):
-                raise ConfigError(f"`dataloaders` must be DataLoader objects, but one is {type(loader).__name__}.")
-            if loaders.is_set_up(loader):
-                raise SetupOrderError(
-                    "A data loader must be set up once, but this one was already. Use what setup_dataloaders returned."
-                )
-            if use_distributed_sampler:
-                generator = getattr(loader.sampler, "generator", None) or loader.generator
-                own = torch.initial_seed() if generator is None else generator.initial_seed()
-                loader = loaders.shard(loader, replicas, index, collectives.broadcast(self._world, own) % 2**32)
-            init = seed.worker_init(self._world.rank)
-            if init is not None and loader.num_workers > 0 and loader.worker_init_fn is None:
-                loader.worker_init_fn = init
-            ready.append(loaders.FabricDataLoader(loader, self.device if move_to_device else None))
+            loaders.check_loader(loader)
+        device = self.device if move_to_device else None
+        parts = shard if use_distributed_sampler else None
+        ready = [loaders.set_up(loader, self._world, parts, device) for loader in dataloaders]
         return ready if len(ready) > 1 else ready[0]
 
     # -- training --------------------------------------------------------------
