@@ -8,6 +8,7 @@ what a checkpoint holds, refuses and replaces follow, a function each, for every
 import itertools
 import random
 import traceback
+import zipfile
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -930,3 +931,27 @@ def test_modules_inside_a_list_are_refused_at_save(tmp_path: Path) -> None:
     fabric = Fabric(accelerator="cpu", devices=1)
     with pytest.raises(ConfigError, match="'models' holds a Linear inside a list"):
         fabric.save(tmp_path / "checkpoint", {"models": [nn.Linear(1, 1), nn.Linear(1, 1)]})
+
+
+def test_a_folder_with_more_than_a_checkpoint_is_kept(tmp_path: Path) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1, strategy="fsdp")
+    model = fabric.setup(nn.Linear(2, 2))
+    fabric.save(tmp_path / "folder", {"model": model})
+    fabric.save(tmp_path / "folder", {"model": model})
+    (tmp_path / "folder" / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds more than a checkpoint"):
+        fabric.save(tmp_path / "folder", {"model": model})
+    assert (tmp_path / "folder" / "tokenizer.json").read_text() == "{}"
+
+
+def test_a_foreign_archive_is_kept(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "thesis.docx", "w") as archive:
+        archive.writestr("word/document.xml", "mine")
+    with pytest.raises(CheckpointError, match="holds more than a checkpoint"):
+        Fabric(accelerator="cpu", devices=1).save(tmp_path / "thesis.docx", {"step": 1})
+
+
+def test_the_run_s_own_entry_stays_inside(tmp_path: Path) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    fabric.save(tmp_path / "file", {"step": 1})
+    assert fabric.load(tmp_path / "file") == {"step": 1}

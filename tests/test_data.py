@@ -533,3 +533,17 @@ def test_loader_moves_its_batches() -> None:
     assert [batch["y"].shape for batch in batches] == [(2,), (2,)]
     still = FabricDataLoader(DataLoader(data, batch_size=2), None)
     assert next(iter(still))["x"].device.type == "cpu"
+
+
+def test_a_loader_says_which_pass_comes_next() -> None:
+    def loader() -> Any:
+        fabric = Fabric(accelerator="cpu", devices=1)
+        torch.manual_seed(0)
+        return fabric.setup_dataloaders(DataLoader(list(range(20)), shuffle=True, batch_size=20))
+
+    straight, first = loader(), loader()
+    passes = [next(iter(straight)).tolist() for _ in range(3)]
+    assert next(iter(first)).tolist() == passes[0]
+    resumed = loader()
+    resumed.load_state_dict(first.state_dict())
+    assert [next(iter(resumed)).tolist() for _ in range(2)] == passes[1:]

@@ -336,7 +336,7 @@ CONFIGS = [
     config(
         "tp-sizes-not-world",
         lambda: one(strategy=ModelParallelStrategy(data_parallel_size=3, tensor_parallel_size=2), devices=2),
-        "world size 2 … 3 x 2 … Set both sizes, or change `devices`",
+        "world size 2 … 3 x 2 … Set both sizes",
     ),
     config(
         "tp-auto-not-world",
@@ -1068,13 +1068,13 @@ CHECKPOINTS = [
         "save-folder-onto-file",
         folder_onto_file,
         CheckpointError,
-        "checkpoint is a file that is no checkpoint … Save to another name",
+        "checkpoint is a file that holds more than a checkpoint … Save to another name",
     ),
     row(
         "save-file-onto-folder",
         file_onto_folder,
         CheckpointError,
-        "checkpoint is a folder that is no checkpoint … Save to another name",
+        "checkpoint is a folder that holds more than a checkpoint … Save to another name",
     ),
     *both_forms("save-code", save_code, CheckpointError, "write the checkpoint … could not … <lambda>"),
     row("save-list", save_state([1]), ConfigError, "`state` … {'model': model} … list"),

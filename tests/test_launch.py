@@ -1,6 +1,8 @@
 """Starting processes: every way trains the same, a failing rank ends them all, and each process knows who it is."""
 
+import gc
 import json
+import multiprocessing as mp
 import os
 import signal
 import subprocess
@@ -19,6 +21,7 @@ import fabriclite
 from fabriclite import DDPStrategy, Fabric, LaunchError
 from fabriclite.collectives import gather_objects
 from fabriclite.launch.choose import Situation, Way, choose
+from fabriclite.launch.workers import serve_store
 from fabriclite.strategy import StartMethod
 from worlds import run
 
@@ -211,6 +214,9 @@ def work(fabric, folder, plan):
     if plan == f"{fabric.global_rank} raises":
         raise ZeroDivisionError("gave up here")
     fabric.barrier()
+    if plan == f"{fabric.global_rank} raises late":
+        time.sleep(1)
+        raise ZeroDivisionError("gave up here")
 
 if __name__ == "__main__":
     folder, plan, method = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -225,7 +231,7 @@ def pids(folder: Path) -> dict[str, int]:
     return {name: int(text) for name, text in found.items() if text}
 
 
-@pytest.mark.parametrize("plan", ["1 raises", "0 raises"])
+@pytest.mark.parametrize("plan", ["1 raises", "0 raises", "1 raises late"])
 def test_failing_script(plan: str, tmp_path: Path) -> None:
     (tmp_path / "fail.py").write_text(FAIL)
     before = time.monotonic()
@@ -320,13 +326,14 @@ def own_everything(fabric: Fabric, base: torch.Tensor, *, model: torch.nn.Linear
     with torch.no_grad():
         model.weight += 1
     fabric.barrier()
-    facts = [fabric.global_rank, os.getpid(), base.item(), model.weight.item(), torch.rand(1).item()]
+    how = mp.get_start_method(allow_none=True)
+    facts = [fabric.global_rank, os.getpid(), how, base.item(), model.weight.item(), torch.rand(1).item()]
     return gather_objects(fabric._ready_world, facts)
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
 def test_function_in_new_processes(method: StartMethod) -> None:
-    """Seeds go along, arguments are copies, and rank 0's result comes back."""
+    """Seeds go along, arguments are copies, data loaders start workers as ever, and rank 0's result comes back."""
     fabric = Fabric(accelerator="cpu", strategy=DDPStrategy(start_method=method), devices=2)
     model = torch.nn.Linear(1, 1)
     torch.nn.init.zeros_(model.weight)
@@ -334,10 +341,10 @@ def test_function_in_new_processes(method: StartMethod) -> None:
     fabric.seed_everything(5)
     result = fabric.launch(own_everything, base, model=model)
     assert result is not None
-    drawn = torch.rand(1).item()
+    drawn, usual = torch.rand(1).item(), mp.get_start_method(allow_none=True)
     assert [facts[0] for facts in result] == [0, 1]
     assert len({os.getpid(), *(facts[1] for facts in result)}) == 3
-    assert [facts[2:] for facts in result] == [[1.0, 1.0, drawn], [2.0, 1.0, drawn]]
+    assert [facts[2:] for facts in result] == [[usual, 1.0, 1.0, drawn], [usual, 2.0, 1.0, drawn]]
     assert base.item() == 0.0
     assert model.weight.item() == 0.0
 
@@ -354,6 +361,28 @@ def test_closure_under_fork() -> None:
     fabric = Fabric(accelerator="cpu", strategy=DDPStrategy(start_method="fork"), devices=2)
     assert fabric.launch(work) == 42
     assert fabric.launch(lambda fabric: fabric.global_rank) == 0
+
+
+def collects(fabric: Fabric) -> int:
+    gc.collect()
+    fabric.barrier()
+    return fabric.world_size
+
+
+def raises(fabric: Fabric) -> None:
+    raise ZeroDivisionError
+
+
+@pytest.mark.timeout(60)
+def test_fork_after_a_failure() -> None:
+    """A forked process holds what its parent left to the collector, and must not wait for threads it has not."""
+    fabric = Fabric(accelerator="cpu", strategy=DDPStrategy(start_method="fork"), devices=2)
+    with pytest.raises(LaunchError):
+        fabric.launch(raises)
+    left: list[Any] = [serve_store(1)]
+    left.append(left)
+    del left
+    assert fabric.launch(collects) == 2
 
 
 def test_one_process_starts_nothing() -> None:

@@ -1,6 +1,7 @@
 """What `fabric.setup` gives back behaves like the user's own module, under every strategy."""
 
 import copy
+import inspect
 import pickle
 from typing import Any
 
@@ -274,6 +275,72 @@ def test_containers_stay_containers() -> None:
     assert nn.Sequential(model, nn.Linear(3, 1))(torch.ones(1, 2)).shape == (1, 1)
 
 
+def test_load_state_dict_answers_as_torch_does() -> None:
+    model, _ = setup(Fabric(accelerator="cpu", devices=1))
+    state = {**Net().state_dict(), "more": torch.ones(1)}
+    del state["scale"]
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert (missing, unexpected) == (["scale"], ["more"])
+
+
+def test_signature_and_items_are_the_modules() -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model, _ = setup(fabric)
+    assert list(inspect.signature(model.forward).parameters) == ["x", "gain"]
+    layers = fabric.setup(nn.ModuleList([nn.Linear(1, 1)]))
+    layers[0] = nn.Linear(2, 2)
+    assert layers[0].in_features == 2
+    del layers[0]
+    assert len(layers) == 0
+
+
+def says_how_to_mark(fabric: Fabric) -> list[str]:
+    model, _ = setup(fabric)
+    with pytest.raises(RuntimeError) as caught:
+        model.loss_of_root(*data(fabric))
+    return list(caught.value.__notes__)
+
+
+def test_a_sharded_parameter_used_too_early_says_what_to_do() -> None:
+    assert "model.mark_forward_method('loss_of_root')" in run(says_how_to_mark, "fsdp", 2)[0]
+
+
+def test_methods_compute_in_mixed_precision_from_their_first_line() -> None:
+    class Direct(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(2, 2)
+
+        def direct(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.lin.weight)
+
+    model = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed").setup(Direct())
+    assert model.direct(torch.ones(1, 2)).dtype == torch.bfloat16
+
+
+def test_a_module_holding_one_that_was_set_up_is_refused() -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    inner = nn.Linear(2, 2)
+    model = fabric.setup(inner)
+    assert model.in_features == 2
+    with pytest.raises(SetupOrderError, match="holds a Linear that was set up before"):
+        fabric.setup(nn.Sequential(inner, nn.ReLU()))
+
+
+def unfrozen_later(fabric: Fabric) -> str:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    module[0].requires_grad_(False)
+    model = fabric.setup(module)
+    model[0].requires_grad_(True)
+    with pytest.raises(SetupOrderError) as caught:
+        fabric.backward(model(torch.ones(2, 4) * fabric.global_rank).sum())
+    return str(caught.value)
+
+
+def test_ddp_refuses_parameters_it_would_not_average() -> None:
+    assert "one was added or unfrozen after" in run(unfrozen_later, "ddp", 2)
+
+
 def test_module_of_the_pane_is_the_users_unless_it_has_one() -> None:
     class Has(nn.Module):
         def __init__(self) -> None:
@@ -345,6 +412,20 @@ def compiles(fabric: Fabric, order: str) -> list[float]:
         losses.append(fabric.all_reduce(loss.detach()).item())
     assert type(unwrap(model)).__name__.endswith("Net")
     return losses
+
+
+def compiled_methods(fabric: Fabric) -> float:
+    fabric.seed_everything(3)
+    module = Net()
+    model, _ = fabric.setup(torch.compile(module, backend="aot_eager"), torch.optim.SGD(module.parameters(), lr=0.1))
+    loss = model.loss(*data(fabric))
+    fabric.backward(loss)
+    return fabric.all_reduce(loss.detach()).item()
+
+
+@pytest.mark.parametrize(("strategy", "world"), [("single_device", 1), ("ddp", 2), ("fsdp", 2)])
+def test_methods_of_a_compiled_module_compute(strategy: str, world: int) -> None:
+    assert run(compiled_methods, strategy, world) == pytest.approx(F.mse_loss(*_plain()).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(("strategy", "world"), [("single_device", 1), ("ddp", 2), ("fsdp", 2)])

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import reference
 from fabriclite import (
+    ConfigError,
     DDPStrategy,
     DeepSpeedStrategy,
     Fabric,
@@ -250,6 +251,47 @@ def test_every_way_to_make_an_optimizer_is_the_same(strategy: str, world: int) -
         assert torch.equal(a, c)
 
 
+MAKERS: dict[str, Any] = {
+    "lbfgs": lambda params: torch.optim.LBFGS(params, lr=0.5),  # holds the list of its parameters
+    "adagrad": lambda params: torch.optim.Adagrad(params, lr=0.1, initial_accumulator_value=0.1),  # makes state at once
+}
+
+
+def kinds_of_optimizers(fabric: Fabric, names: list[str]) -> dict[str, float]:
+    """How far the loss falls in some steps."""
+    fell = {}
+    for name in names:
+        make = MAKERS[name]
+        fabric.seed_everything(3)
+        module = Mlp()
+        model, optimizer = fabric.setup(module, make(module.parameters()))
+        generator = torch.Generator().manual_seed(0)
+        x, y = torch.randn(8, 4, generator=generator), torch.randn(8, 4, generator=generator)
+
+        def closure(model: Any = model, optimizer: Any = optimizer, x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(x), y)  # the same on every rank, so that every rank searches the same line
+            fabric.backward(loss)
+            return loss
+
+        before = closure().item()
+        for _ in range(2):
+            optimizer.step(closure)
+        fell[name] = closure().item() / before
+    return fell
+
+
+@pytest.mark.parametrize(("strategy", "world"), EVERYWHERE[:-1])
+def test_lbfgs_and_adagrad_made_before_setup_train(strategy: str, world: int) -> None:
+    names = (
+        ["adagrad"] if strategy == "tp" else ["adagrad", "lbfgs"]
+    )  # LBFGS cannot mix sharded and plain: torch says so
+    fell = run(kinds_of_optimizers, strategy, world, names)
+    wanted = run(kinds_of_optimizers, "single_device", 1, names)
+    assert fell == pytest.approx(wanted, rel=1e-3)
+    assert max(fell.values()) < 0.95
+
+
 def schedules(fabric: Fabric) -> list[float]:
     fabric.seed_everything(3)
     module = Mlp()
@@ -360,6 +402,28 @@ def optimizer_after_evaluation(fabric: Fabric) -> bool:
     fabric.backward(F.mse_loss(model(x), y))
     optimizer.step()
     return not torch.equal(full(model.state_dict()["scale"]), before)
+
+
+def optimizer_of_the_original(fabric: Fabric) -> bool:
+    """Through the variable the user had before, which no pane guards."""
+    fabric.seed_everything(3)
+    module = Mlp()
+    model = fabric.setup(module)
+    x, y = data(fabric)
+    with torch.no_grad():
+        model(x)
+    gathered = torch.optim.SGD(module.parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match="belong to none"):
+        fabric.setup_optimizers(gathered)
+    optimizer = fabric.setup_optimizers(torch.optim.SGD(module.parameters(), lr=0.1))
+    before = full(model.state_dict()["scale"]).clone()
+    fabric.backward(F.mse_loss(model(x), y))
+    optimizer.step()
+    return not torch.equal(full(model.state_dict()["scale"]), before)
+
+
+def test_trap_1_through_the_original_variable() -> None:
+    assert run(optimizer_of_the_original, "fsdp", 2)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp_offload"])

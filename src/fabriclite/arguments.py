@@ -2,7 +2,9 @@
 
 import os
 import sys
+import sysconfig
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -106,7 +108,12 @@ def world_of_this_process(accelerator: object, devices: object, num_nodes: objec
 
 def runs_a_script() -> bool:
     """Whether this process runs a file that can be run again (no notebook, no prompt, no ``python -c``)."""
-    return getattr(sys.modules["__main__"], "__file__", None) is not None and not hasattr(sys, "ps1")
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    if file is None or hasattr(sys, "ps1"):
+        return False
+    # An installed program (pytest, jupyter) that happens to run this code is no script of the user's.
+    homes = [Path(sysconfig.get_path(name)) for name in ("scripts", "purelib", "platlib", "stdlib")]
+    return not any(Path(file).resolve().is_relative_to(home.resolve()) for home in homes)
 
 
 def check_function(function: object) -> None:

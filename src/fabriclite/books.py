@@ -34,6 +34,12 @@ class Books:
             raise SetupOrderError(
                 f"A module must be set up once, but this {name} was already. Use what setup returned."
             )
+        if any(sub in self._panes for sub in inner.modules()):
+            part = next(sub for sub in inner.modules() if sub in self._panes)
+            raise SetupOrderError(
+                f"A module must be set up as a whole or in parts, but this {name} holds a {type(part).__name__}"
+                " that was set up before. Set up the whole alone, or each part alone."
+            )
         if inner is not module:
             raise SetupOrderError(
                 f"A module must be set up by one Fabric, but this {name} was by another. Keep one Fabric."
@@ -41,6 +47,11 @@ class Books:
 
     def check_optimizers(self, optimizers: Sequence[Any], module: nn.Module | None = None) -> None:
         """Raise unless each could be set up now, and none is there twice."""
+        for pane in [ref() for ref in self._panes.values()]:
+            if (
+                pane is not None
+            ):  # parameters that a forward left gathered are then nobody's, and not taken for the real
+                pane._fl_strategy.hand_out(pane._fl_engine)
         for place, optimizer in enumerate(optimizers):
             self.check_optimizer(optimizer, module)
             if any(optimizer is other for other in optimizers[:place]):
@@ -57,7 +68,15 @@ class Books:
         optim.check_fresh(optimizer)
         for known, bindings in self._bindings.items():
             optim.rewire(optimizer, bindings, known)
-        optim.check_steps(optimizer, [*self._panes, *([] if module is None else [module])])
+        optim.check_steps(optimizer, self._spread() | {id(p) for p in ([] if module is None else module.parameters())})
+
+    def _spread(self) -> set[int]:
+        """Ids of the parameters that were there at setup, or came instead; not of any that were added after."""
+        found: set[int] = set()
+        for module, bindings in self._bindings.items():
+            names = {binding.name for binding in bindings.values()}
+            found |= {id(p) for n, p in module.named_parameters(remove_duplicate=False) if n in names}
+        return found
 
     # -- entries -----------------------------------------------------------------
     def enter_module(self, pane: FabricModule, bindings: Mapping[int, optim.Binding]) -> None:

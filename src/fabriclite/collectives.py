@@ -4,6 +4,7 @@ A world of one needs no process group: each function then returns what went in (
 dimension it always adds). What ``all_reduce`` and ``all_gather`` return shares no memory with their input.
 """
 
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import torch
@@ -48,9 +49,25 @@ def broadcast(world: World, obj: T, src: int = 0) -> T:
         raise ConfigError(f"`src` must be a rank in [0, {world.size}), but is {src!r}.")
     if world.size == 1:
         return obj
-    box = [obj]
+    # A device tensor would come back on the sender's device index, on every rank.
+    box: list[Any] = [tree_map(_Travelling.of, obj) if world.rank == src else None]
     dist.broadcast_object_list(box, src=src, device=torch.device("cpu"))
-    return box[0]
+    return tree_map(lambda leaf: leaf.arrive(world) if isinstance(leaf, _Travelling) else leaf, box[0])  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class _Travelling:
+    """A tensor of a device, on its way to the device of another rank."""
+
+    tensor: Tensor
+
+    @staticmethod
+    def of(leaf: Any) -> Any:
+        on_device = isinstance(leaf, Tensor) and leaf.device.type not in ("cpu", "meta")
+        return _Travelling(leaf.detach().cpu()) if on_device else leaf
+
+    def arrive(self, world: World) -> Tensor:
+        return self.tensor.to(world.device)
 
 
 def broadcast_tensor_(world: World, tensor: Tensor, src: int = 0) -> Tensor:

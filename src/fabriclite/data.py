@@ -250,6 +250,25 @@ class FabricDataLoader:
                 "`set_epoch` must find a sampler or dataset that knows epochs, but neither has a set_epoch method."
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Which pass comes next, and what the loader itself would save. Save it after a pass, not within one."""
+        own = getattr(self._loader, "state_dict", None)
+        return {"epoch": getattr(self._epochs(), "epoch", None), "loader": None if own is None else own()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the pass that :meth:`state_dict` named."""
+        if state["epoch"] is not None:
+            self.set_epoch(state["epoch"])
+        own = getattr(self._loader, "load_state_dict", None)
+        if own is not None and state["loader"] is not None:
+            own(state["loader"])
+
+    def _epochs(self) -> Any:
+        """The sampler that counts passes; ``None`` where none does."""
+        batches = self._loader.batch_sampler
+        candidates = (self._loader.sampler, batches, getattr(batches, "sampler", None))
+        return next((s for s in candidates if hasattr(s, "set_epoch")), None)
+
     def __getattr__(self, name: str) -> Any:
         if name == "_loader":  # not there yet: unpickling asks before __init__ ran
             raise AttributeError(name)

@@ -7,10 +7,13 @@ handed out are the ones an optimizer may hold.
 """
 
 import copy
+import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -52,7 +55,7 @@ class FabricModule:
     # -- attributes ----------------------------------------------------------
     def __getattr__(self, name: str) -> Any:
         if name == "forward":
-            return self._fl_forward
+            return functools.wraps(self._fl_module.forward)(lambda *a, **k: self._fl_forward(*a, **k))
         own = _OWN.get(name)
         if own is not None and (name in _TORCH or not hasattr(self._fl_module, name)):
             return own.__get__(self)
@@ -87,6 +90,12 @@ class FabricModule:
         self._fl_strategy.hand_out(self._fl_engine)
         return self._fl_module[key]  # type: ignore[index]
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._fl_module.__setitem__(key, value)  # type: ignore[operator]
+
+    def __delitem__(self, key: Any) -> None:
+        self._fl_module.__delitem__(key)  # type: ignore[operator]
+
     def __contains__(self, item: Any) -> bool:
         return item in self._fl_module  # type: ignore[operator]
 
@@ -119,7 +128,15 @@ class FabricModule:
     def _fl_user_method(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             with _Region(self, at_once=name in self._fl_marked) as region:
-                return region.finish(method(*args, **kwargs))
+                try:
+                    return region.finish(method(*args, **kwargs))
+                except RuntimeError as error:
+                    if "mixed torch.Tensor and DTensor" in str(error):
+                        error.add_note(
+                            f"`{name}` uses a sharded parameter before it calls a submodule. Say so after setup:"
+                            f" model.mark_forward_method({name!r})."
+                        )
+                    raise
 
         return call
 
@@ -139,11 +156,15 @@ class _Region:
 
     def __enter__(self) -> "_Region":
         self._pane._fl_strategy.hand_out(self._pane._fl_engine)
+        self._stack.enter_context(self._pane._fl_strategy.autocast())
         if self._at_once:
             self._start(through_root=False)
         else:
             # A global hook for the time of one call, instead of one on every submodule. The first call removes it.
-            self._handle = register_module_forward_pre_hook(self._on_forward)
+            hook: Any = self._on_forward
+            if "torch._dynamo" in sys.modules:  # a compiled forward would trace into the hook; importing it costs 1 s
+                hook = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+            self._handle = register_module_forward_pre_hook(hook)
             self._stack.callback(self._handle.remove)
         return self
 
@@ -171,7 +192,16 @@ def _state_dict(self: FabricModule, *args: Any, **kwargs: Any) -> Any:
     return self._fl_strategy.state_dict(self._fl_engine)
 
 
-def _load_state_dict(self: FabricModule, state_dict: Any, strict: bool = True, assign: bool = False) -> None:
+class IncompatibleKeys(NamedTuple):
+    """What ``load_state_dict`` found on one side only, as torch returns it."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def _load_state_dict(
+    self: FabricModule, state_dict: Any, strict: bool = True, assign: bool = False
+) -> IncompatibleKeys:
     """Copy full or sharded tensors into the module, cutting where it is sharded. Every rank must call this."""
     if assign:
         raise ConfigError(
@@ -184,6 +214,8 @@ def _load_state_dict(self: FabricModule, state_dict: Any, strict: bool = True, a
             " For a file, use fabric.load or fabric.load_raw."
         )
     self._fl_strategy.load_state_dict(self._fl_engine, state_dict, strict)
+    own = self._fl_module.state_dict()
+    return IncompatibleKeys([k for k in own if k not in state_dict], [k for k in state_dict if k not in own])
 
 
 def _mark_forward_method(self: FabricModule, method: str | Callable[..., Any]) -> None:

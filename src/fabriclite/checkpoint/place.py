@@ -25,12 +25,26 @@ def check_replaceable(path: Path) -> None:
     Raises:
         FileExistsError: it would. A folder with anything else in it, or a file that torch did not write.
     """
-    if not path.exists() or is_folder(path) or (path.is_file() and zipfile.is_zipfile(path)):
+    if not path.exists() or _only_ours(path) or (path.is_file() and _torch_wrote(path)):
         return
     if path.is_dir() and not any(path.iterdir()):
         return
     kind = "folder" if path.is_dir() else "file"
-    raise FileExistsError(f"{path} is a {kind} that is no checkpoint, and would be lost. Save to another name")
+    raise FileExistsError(
+        f"{path} is a {kind} that holds more than a checkpoint, and would be lost. Save to another name"
+    )
+
+
+def _only_ours(path: Path) -> bool:
+    ours = {META, ".metadata"}
+    return is_folder(path) and all(p.name in ours or p.suffix == ".distcp" for p in path.iterdir())
+
+
+def _torch_wrote(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("data.pkl") for name in archive.namelist())
 
 
 def clear(path: Path) -> None:

@@ -61,7 +61,7 @@ def load(
     path = Path(path)
     content = _read(strategy.world, path, weights_only, whole=parts is None)
     if parts is None:
-        return content
+        return {key: value for key, value in content.items() if key != EXTRA}
     missing = [key for key in parts if key not in content]
     if missing and strict:
         raise CheckpointError(

@@ -102,17 +102,22 @@ def _watch(children: "list[subprocess.Popen[bytes]]", store: TCPStore) -> None:
 
 
 def _reap(children: "list[subprocess.Popen[bytes]]") -> None:
-    """Wait for the children at the end of this process; a failed one makes this one fail."""
+    """Wait for the children at the end of this process; a failed one makes this one fail with its status.
+
+    They may have more to do than this one, and take their time, unless this one failed.
+    """
+    failed = getattr(sys, "last_value", None) is not None
     deadline = time.monotonic() + _GRACE_S
     for child in children:
         try:
-            child.wait(max(0.0, deadline - time.monotonic()))
+            child.wait(max(0.0, deadline - time.monotonic()) if failed else None)
         except subprocess.TimeoutExpired:
             child.terminate()
             child.wait()
-    if any(child.returncode for child in children):
+    codes = [child.returncode for child in children if child.returncode]
+    if codes:
         sys.stdout.flush()
-        os._exit(1)
+        os._exit(max(1, codes[0]))  # a signal's number is negative
 
 
 # -- running a function ------------------------------------------------------------------------------------------------

@@ -236,7 +236,7 @@ class ModelParallelStrategy:
             raise ConfigError(
                 f"`data_parallel_size` x `tensor_parallel_size` must be the world size {world_size}, but"
                 f" {self.data_parallel_size!r} x {self.tensor_parallel_size!r} gives {data} x {tensor}."
-                " Set both sizes, or change `devices`."
+                " Set both sizes ('auto' splits over 2), or change `devices`."
             )
         return data, tensor
 

@@ -40,11 +40,21 @@ class DDP(Strategy):
     """Engines with a static graph that have seen their first backward."""
     prepared: "WeakMap[DistributedDataParallel, bool]"
     """Every engine, and whether its forward ran with gradients since its last backward."""
+    averaged: "WeakMap[DistributedDataParallel, frozenset[int]]"
+    """Ids of the parameters whose gradients an engine averages."""
 
     @classmethod
     def make(cls, config: DDPStrategy, world: World, precision: Precision) -> Self:
         scaler = _shared.make_scaler(world, precision)
-        return cls(config=config, world=world, precision=precision, scaler=scaler, warm=WeakSet(), prepared=WeakMap())
+        return cls(
+            config=config,
+            world=world,
+            precision=precision,
+            scaler=scaler,
+            warm=WeakSet(),
+            prepared=WeakMap(),
+            averaged=WeakMap(),
+        )
 
     @override
     def plan_init(self, empty_init: bool | None) -> InitPlan:
@@ -71,6 +81,7 @@ class DDP(Strategy):
         if config.ddp_comm_hook is not None:
             engine.register_comm_hook(config.ddp_comm_state, config.ddp_comm_hook)
         self.prepared[engine] = False
+        self.averaged[engine] = frozenset(id(p) for p in engine.parameters() if p.requires_grad)
         return engine, list(optimizers)
 
     @override
@@ -117,6 +128,11 @@ class DDP(Strategy):
         for ddp, versions in zip(syncing, before, strict=True):
             if _versions(ddp) == versions:
                 continue
+            if not self.averaged[ddp].issuperset(id(p) for p in ddp.parameters() if p.grad is not None):
+                raise SetupOrderError(
+                    f"Parameters of {type(ddp.module).__name__} must be there and require gradients when it is set up,"
+                    " to be averaged over the ranks, but one was added or unfrozen after. Do that before setup."
+                )
             if not self.prepared[ddp]:
                 raise SetupOrderError(
                     f"Gradients of {type(ddp.module).__name__} must come through its forward or a method of it, once"

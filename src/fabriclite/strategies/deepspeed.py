@@ -78,6 +78,11 @@ class DeepSpeed(Strategy):
                 f"With DeepSpeedStrategy a module must have one optimizer, but `setup` got {len(optimizers)}."
                 " Use one optimizer with several parameter groups."
             )
+        if optimizers[0].state:
+            raise ConfigError(
+                f"With DeepSpeedStrategy an optimizer must make its state in its first step, but"
+                f" {type(optimizers[0]).__name__} made it before. Use AdamW, SGD or another."
+            )
         names = {id(p): name for name, p in module.named_parameters()}
         group_names = [[names[id(p)] for p in group["params"]] for group in optimizers[0].param_groups]
         document = engine_config(self.config, self.precision, sum(p.numel() for p in module.parameters()))
@@ -230,6 +235,20 @@ class EngineOptimizer(Optimizer):
             raise ConfigError("`closure` must be None with DeepSpeedStrategy, but one was given. Call backward first.")
         self.engine.step()
         self.unstepped.discard(self.engine)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        raise ConfigError(
+            "The state of an optimizer under DeepSpeedStrategy must be saved with its engine, but `state_dict` was"
+            " called. Use fabric.save(path, {'optimizer': optimizer})."
+        )
+
+    @override
+    def load_state_dict(self, state_dict: Any) -> None:
+        raise ConfigError(
+            "The state of an optimizer under DeepSpeedStrategy must be loaded with its engine, but"
+            " `load_state_dict` was called. Use fabric.load(path, {'optimizer': optimizer})."
+        )
 
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:
