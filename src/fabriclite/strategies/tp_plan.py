@@ -88,7 +88,7 @@ def _check_kind(name: str, module: nn.Module, chosen: ParallelStyle) -> None:
 
 
 def carried_by(module: nn.Module) -> Mapping[str, object]:
-    """The plan that ``module`` carries as ``_tp_plan`` (Hugging Face models do), less patterns of absent parts.
+    """The plan that ``module`` carries as ``_tp_plan`` (Hugging Face models do).
 
     Raises:
         ConfigError: it carries none.
