@@ -444,6 +444,32 @@ def test_trap_5_ranks_do_not_draw_the_same_shard() -> None:
     assert run(shards_differ, "fsdp", 2)
 
 
+def attention_biases(fabric: Fabric, eps: float) -> Tensor:
+    """Query, key and value biases after some steps. The key's gradient is zero in exact arithmetic."""
+    fabric.seed_everything(3)
+    module = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model, optimizer = fabric.setup(module, torch.optim.AdamW(module.parameters(), lr=1e-2, eps=eps))
+    replicas, index = fabric._running.sampler_shard()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        x = torch.randn(4, 5, 8, generator=generator).chunk(replicas)[index]
+        fabric.backward(model(x).square().mean(), model=model)
+        optimizer.step()
+        optimizer.zero_grad()
+    bias: Tensor = full(model.state_dict()["self_attn.in_proj_bias"]).detach().clone()
+    return bias
+
+
+def test_trap_7_a_small_eps_turns_noise_into_steps() -> None:
+    """Why parity is tested with eps 1e-3: at 1e-8 two right runs differ where the gradient is noise, and only there."""
+    calm = [run(attention_biases, s, w, 1e-3) for s, w in (("single_device", 1), ("fsdp", 2))]
+    torch.testing.assert_close(*calm, rtol=1e-4, atol=1e-6)
+    noisy = [run(attention_biases, s, w, 1e-12) for s, w in (("single_device", 1), ("fsdp", 2))]
+    difference = (noisy[0] - noisy[1]).abs()
+    assert difference[8:16].max() > 1e-4, "keys"
+    assert difference[16:].max() < 1e-4, "values"
+
+
 def unseeded(fabric: Fabric) -> tuple[bool, bool]:
     """Ranks that were seeded differently still hold one model: rank 0's."""
     torch.manual_seed(100 + fabric.global_rank)

@@ -272,8 +272,10 @@ def _collect(readers: list[Connection], processes: list[Any]) -> list[_Outcome]:
             outcomes.append(outcome)
             if outcome.error is not None and deadline is None:
                 deadline = time.monotonic() + _GRACE_S
+    # Whoever reported has nothing left to do but to leave its process group, which gloo sometimes never finishes.
+    last = time.monotonic() + _GRACE_S if deadline is None else deadline
     for process in processes:
-        process.join(None if deadline is None else max(0.1, deadline - time.monotonic()))
+        process.join(max(0.1, last - time.monotonic()))
         if process.is_alive():
             process.kill()
             process.join()
