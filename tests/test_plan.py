@@ -29,7 +29,9 @@ def allowed() -> list[tuple[str, str]]:
 def test_plan(strategy: str, precision: str, empty_init: bool | None) -> None:
     bits, kind = precision.split("-")
     dtype = torch.float32 if kind == "mixed" else DTYPES[bits]
-    wanted = InitPlan(birth=Birth.INITIALISED, device=torch.device("cpu"), dtype=dtype)
+    cheapest = Birth.INITIALISED if strategy in ("single_device", "ddp") else Birth.RECORDED
+    birth = {None: cheapest, False: Birth.INITIALISED, True: Birth.RECORDED}[empty_init]
+    wanted = InitPlan(birth=birth, device=torch.device("cpu"), dtype=dtype)
     assert plan(strategy, precision, empty_init) == wanted
 
 

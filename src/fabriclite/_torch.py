@@ -4,13 +4,19 @@ Each was read in torch 2.11 and 2.13. Nothing else in the package touches an und
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+
+# A weak reference to a storage, which keeps its address from being used again.
+from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
+from torch.utils import _python_dispatch
 
 # The public twin of these, torch.utils.pytree, came after 2.11.
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -159,3 +165,150 @@ def compile_in_place(module: nn.Module) -> nn.Module:
         return module
     inner._compiled_call_impl = context(inner._call_impl)
     return inner
+
+
+# -- births: modes, storages, identity ---------------------------------------------------------------------------------
+
+
+class DispatchMode(_python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A mode that sees every operation: documented for extending torch, in a module with an underscore.
+
+    Torch wraps the handler of a subclass so that its compiler passes it by, and imports that compiler (1 s) at the
+    first operation to do so. No compiler runs while a model is recorded.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+
+def storage_key(tensor: Tensor) -> int:
+    """The same for all tensors of one storage, while that lives: ``UntypedStorage._cdata``, its address in C++."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def version(tensor: Tensor) -> int:
+    """Grows with every change in place: ``Tensor._version``; no public twin."""
+    return int(tensor._version)
+
+
+@contextmanager
+def raw() -> Iterator[None]:
+    """Within it, attributes of tensors are what torch says, not what a function mode answers: ``DisableTorchFunction``.
+
+    The public ``DisableTorchFunctionSubclass`` leaves modes on.
+    """
+    with torch._C.DisableTorchFunction():
+        yield
+
+
+@contextmanager
+def no_modes() -> Iterator[None]:
+    """Within it, no dispatch or function mode of anybody sees an operation.
+
+    ``torch.utils._python_dispatch._disable_current_modes`` does the same for dispatch modes, and imports
+    ``torch._dynamo`` (1 s) to do it.
+    """
+    taken = _take_modes()
+    try:
+        with torch._C.DisableTorchFunction():
+            yield
+    finally:
+        _put_modes(*taken)
+
+
+def put_below(dispatch: DispatchMode, function: TorchFunctionMode) -> None:
+    """Put two modes under all others, where the end of nobody's ``with`` takes them away."""
+    dispatch_modes, function_modes = _take_modes()
+    _put_modes([dispatch, *dispatch_modes], [function, *function_modes])
+
+
+def take_away(dispatch: DispatchMode, function: TorchFunctionMode) -> None:
+    """Undo :func:`put_below`, whatever came since."""
+    dispatch_modes, function_modes = _take_modes()
+    _put_modes([m for m in dispatch_modes if m is not dispatch], [m for m in function_modes if m is not function])
+
+
+def _take_modes() -> tuple[list[Any], list[Any]]:
+    dispatch = [_python_dispatch._pop_mode() for _ in _python_dispatch._get_current_dispatch_mode_stack()]
+    function = [torch.overrides._pop_mode() for _ in torch.overrides._get_current_function_mode_stack()]  # type: ignore[no-untyped-call]
+    return dispatch[::-1], function[::-1]
+
+
+def _put_modes(dispatch: list[Any], function: list[Any]) -> None:
+    for mode in dispatch:
+        _python_dispatch._push_mode(mode)
+    for mode in function:
+        torch.overrides._push_mode(mode)  # type: ignore[no-untyped-call]
+
+
+def become(old: Tensor, new: Tensor) -> None:
+    """Give the Python object ``old`` all that ``new`` is, and keep the object, its attributes and its hooks.
+
+    ``torch._C._swap_tensor_impl``. The public ``torch.utils.swap_tensors`` refuses tensors that somebody else refers
+    to weakly, as ``nn.RNN`` does its weights; ``old.data = new`` cannot leave the meta device.
+    """
+    hooks, after = old._backward_hooks, getattr(old, "_post_accumulate_grad_hooks", None)
+    new = new.detach()
+    if old.requires_grad and old.is_leaf and (new.is_floating_point() or new.is_complex()):
+        new.requires_grad_(True)
+    torch._C._swap_tensor_impl(old, new)
+    if hooks:
+        old._backward_hooks = hooks
+    if after:
+        old._post_accumulate_grad_hooks = after
+
+
+def become_sharded(sharded: "DTensor", local: Tensor) -> None:
+    """Give a sharded tensor on the meta device its local part, and keep the object.
+
+    Like :func:`become`; ``DTensor._spec`` and ``_local_tensor``. The public ``torch.utils.swap_tensors`` refuses as
+    there, and ``DTensor.from_local`` knows no shards of shards.
+    """
+    from torch.distributed.tensor import DTensor
+
+    new = DTensor(local, sharded._spec, requires_grad=sharded.requires_grad)  # type: ignore[no-untyped-call]
+    torch._C._swap_tensor_impl(sharded, new)
+    sharded._local_tensor = local
+
+
+def parse_to(*args: Any, **kwargs: Any) -> tuple[torch.device | None, torch.dtype | None, Any]:
+    """Device, dtype and memory format that the arguments of ``Tensor.to`` say: ``torch._C._nn._parse_to``."""
+    device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    return device, dtype, memory_format
+
+
+def to_copy(tensor: Tensor, **options: Any) -> Tensor:
+    """What ``Tensor.to`` runs when it has to copy: ``aten::_to_copy``. ``to`` itself would first compare devices."""
+    return torch.ops.aten._to_copy.default(tensor, **options)  # type: ignore[no-any-return]
+
+
+def trunc_normal_of_torch() -> Callable[..., Tensor]:
+    """What ``torch.nn.init.trunc_normal_`` calls: ``torch.nn.init._no_grad_trunc_normal_``."""
+    return nn.init._no_grad_trunc_normal_
+
+
+@contextmanager
+def replaced(trunc_normal: Callable[..., Tensor], get_rng_state: Callable[[], Tensor]) -> Iterator[None]:
+    """Within it, torch calls these two instead of its own.
+
+    ``torch.nn.init._no_grad_trunc_normal_`` cannot be seen by a mode and does nothing on meta tensors.
+    ``torch.get_rng_state`` (also where ``fork_rng`` finds it) asks the generator's own, which cannot be seen either.
+    """
+    places: list[tuple[Any, str, Any]] = [
+        (nn.init, "_no_grad_trunc_normal_", trunc_normal),
+        (torch, "get_rng_state", get_rng_state),
+        (torch.random, "get_rng_state", get_rng_state),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
+    try:
+        for owner, name, function in places:
+            setattr(owner, name, function)
+        yield
+    finally:
+        for owner, name, function in before:
+            setattr(owner, name, function)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from fabriclite import _torch, arguments, collectives, optim, seed
 from fabriclite import data as loaders
 from fabriclite.birth.plan import enter
+from fabriclite.birth.settle import settled
 from fabriclite.books import Books
 from fabriclite.errors import ConfigError, SetupOrderError
 from fabriclite.launch import process_group, workers
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from fabriclite.checkpoint.parts import Part
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 
 
 class Fabric:
@@ -208,6 +210,27 @@ class Fabric:
             raise ConfigError(f"`empty_init` must be None, False or True, but is {empty_init!r}.")
         with enter(self._running.plan_init(empty_init)):
             yield
+
+    def materialize(self, module: M) -> M:
+        """Give a module from ``init_module(empty_init=True)`` memory and values, whole, on this process alone.
+
+        :meth:`setup` does this by itself, for this rank's part. This is for a module that is used without it. What has
+        memory already is left as it is.
+
+        Args:
+            module: any module.
+
+        Returns:
+            The same object.
+
+        Raises:
+            MaterializeError: a parameter has no value.
+        """
+        if not isinstance(module, nn.Module):
+            raise ConfigError(f"`module` must be a torch.nn.Module, but is {type(module).__name__}.")
+        with settled(module, None, None) as (module, births):
+            births.fill()
+        return module
 
     def init_tensor(self) -> AbstractContextManager[None]:
         """Create tensors on this process's device, in the run's precision."""

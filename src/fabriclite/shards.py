@@ -19,6 +19,19 @@ def full(value: Any) -> Any:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
+def box(like: DTensor) -> tuple[tuple[int, int], ...]:
+    """Which part of the whole this rank holds of ``like``: ``(start, length)`` in every dimension, maybe empty."""
+    coordinate = like.device_mesh.get_coordinate()
+    assert coordinate is not None  # this rank is in the mesh, or it would hold no DTensor
+    part = [(0, length) for length in like.shape]
+    for mesh_dim, dim in _torch.local_pieces_in_order(like):
+        start, length = part[dim]
+        each = -(-length // like.device_mesh.size(mesh_dim))  # as torch.chunk cuts: the last pieces may be short
+        first = min(each * coordinate[mesh_dim], length)
+        part[dim] = (start + first, min(each, length - first))
+    return tuple(part)
+
+
 def cut(whole: Tensor, like: DTensor) -> Tensor:
     """The part of ``whole`` that this rank holds of ``like``, without communication.
 
@@ -29,13 +42,9 @@ def cut(whole: Tensor, like: DTensor) -> Tensor:
     Returns:
         A view of ``whole`` with the shape of ``like.to_local()``, maybe empty.
     """
-    coordinate = like.device_mesh.get_coordinate()
-    assert coordinate is not None  # this rank is in the mesh, or it would hold no DTensor
     part = whole
-    for mesh_dim, dim in _torch.local_pieces_in_order(like):
-        pieces = torch.chunk(part, like.device_mesh.size(mesh_dim), dim=dim)
-        index = coordinate[mesh_dim]
-        part = pieces[index] if index < len(pieces) else part.narrow(dim, 0, 0)
+    for dim, (start, length) in enumerate(box(like)):
+        part = part.narrow(dim, start, length)
     return part
 
 

@@ -7,12 +7,17 @@ from enum import Enum
 
 import torch
 
+from fabriclite.birth import session
+
 
 class Birth(Enum):
     """What happens to a tensor that a module's ``__init__`` creates."""
 
     INITIALISED = "initialised"
-    """Real memory, values from the module's own code. ``setup`` keeps this rank's cut."""
+    """Real memory, values from the module's own code, at once. ``setup`` keeps this rank's cut."""
+
+    RECORDED = "recorded"
+    """No memory: what the module's code does is noted. ``setup`` does it then, for this rank's part alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +38,8 @@ class InitPlan:
 @contextmanager
 def enter(plan: InitPlan) -> Iterator[None]:
     """Enter ``plan``. Nothing happens before ``with``; everything is undone after it, also on an error."""
-    with default_dtype(plan.dtype), plan.device:
+    record = session.recording(plan.device) if plan.birth is Birth.RECORDED else session.making()
+    with default_dtype(plan.dtype), plan.device, record:
         yield
 
 

@@ -1,14 +1,26 @@
 """From the module a user built to one that is whole, on its device and in its dtype."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from fabriclite.birth import session
+from fabriclite.birth.births import Births
 from fabriclite.errors import MaterializeError
 from fabriclite.precision import Precision
 
+M = TypeVar("M", bound=nn.Module)
 
-def settle(module: nn.Module, device: torch.device | None, precision: Precision) -> nn.Module:
-    """Check that every tensor of ``module`` has a value, then move and cast it.
+
+@contextmanager
+def settled(
+    module: M, device: torch.device | None, precision: Precision | None, optimizers: Sequence[Optimizer] = ()
+) -> Iterator[tuple[M, Births]]:
+    """Move and cast ``module``; within it, nothing is recorded, and its births are to be filled.
 
     A module that already holds a parameter of ``precision.param_dtype`` was built (or cast) for that precision: its
     code chose its dtypes, and they stay. Only a module that is float32 throughout is cast.
@@ -16,20 +28,24 @@ def settle(module: nn.Module, device: torch.device | None, precision: Precision)
     Args:
         module: any module.
         device: where to move it; ``None`` leaves it where it is.
-        precision: the run's precision.
+        precision: the run's precision; ``None`` casts nothing.
+        optimizers: made for it already; some keep tensors like its parameters.
 
     Raises:
         MaterializeError: a parameter or buffer is on the meta device and so has no value.
     """
     refuse_meta(module)
-    if precision.param_dtype != torch.float32 and not precision.mixed and _all_float32(module):
-        module = module.to(precision.param_dtype)
-    return module if device is None else module.to(device)
+    if precision is not None and precision.param_dtype != torch.float32 and not precision.mixed:
+        module = module.to(precision.param_dtype) if _all_float32(module) else module
+    if device is not None:
+        module = module.to(device)
+    with session.paused():
+        yield module, Births.of(module, optimizers)
 
 
 def refuse_meta(module: nn.Module) -> None:
-    """Raise, naming them, if tensors of ``module`` have no memory."""
-    empty = [name for name, tensor in named_tensors(module) if tensor.is_meta]
+    """Raise, naming them, if tensors of ``module`` have no memory and were not recorded."""
+    empty = [name for name, tensor in named_tensors(module) if not _is_lazy(tensor) and tensor.is_meta]
     if empty:
         shown = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
         raise MaterializeError(
@@ -44,6 +60,10 @@ def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),
     ]
+
+
+def _is_lazy(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer)
 
 
 def _all_float32(module: nn.Module) -> bool:

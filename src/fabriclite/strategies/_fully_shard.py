@@ -30,7 +30,10 @@ def apply(
     reshard_after_forward: bool | None,
     cpu_offload: bool,
 ) -> None:
-    """Shard ``module`` in place, one group after the other, the root last. Every rank must call this."""
+    """Shard ``module`` in place, one group after the other, the root last. Every rank must call this.
+
+    Parameters without memory are sharded as well; give them memory, then call :func:`make_root`.
+    """
     mixed = mixed_precision(precision)
     # Pinned memory needs an accelerator to copy to.
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
@@ -45,6 +48,10 @@ def apply(
                 unit, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=mixed, offload_policy=offload
             )
     fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=mixed, offload_policy=offload)
+
+
+def make_root(module: nn.Module) -> None:
+    """Settle that ``module`` is the root. Afterwards its parameters' memory may not be exchanged."""
     _torch.fsdp_make_root(module)
 
 

@@ -11,9 +11,10 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from fabriclite import _torch, gradients, optim, shards
+from fabriclite.birth.births import Births, has_memory
 from fabriclite.birth.settle import named_tensors
-from fabriclite.collectives import broadcast_tensor_
-from fabriclite.errors import CheckpointError
+from fabriclite.collectives import broadcast_tensor_, gather_objects
+from fabriclite.errors import CheckpointError, MaterializeError
 from fabriclite.precision import Precision
 from fabriclite.strategy import Finish, Strategy
 from fabriclite.world import World
@@ -100,6 +101,45 @@ def unscale(strategy: Strategy, optimizer: Optimizer) -> None:
         strategy.scaler.unscale_(optimizer)
 
 
+def fill(births: Births, world: World) -> None:
+    """Give a recorded module memory and the same values on all ranks. Every rank must call this."""
+    fill_agreed(births, world, agree(births, world))
+
+
+def agree(births: Births, world: World) -> bool:
+    """Whether all ranks would work out the same values. Every rank must call this, before it shards.
+
+    Raises:
+        MaterializeError: the ranks recorded different models.
+    """
+    if world.size == 1:
+        return True
+    digests = gather_objects(world, (births.outline(), births.fingerprint()))
+    odd = [rank for rank, (outline, _) in enumerate(digests) if outline != digests[0][0]]
+    if odd:
+        raise MaterializeError(
+            f"All ranks must build the same model, but rank {odd[0]} built one with other names, shapes or ties than"
+            " rank 0. Let no part of the model's code depend on the rank."
+        )
+    return len(set(digests)) == 1
+
+
+def fill_agreed(births: Births, world: World, same: bool, shards_on: torch.device | None = None) -> None:
+    """Give a recorded module memory and values. Every rank must call this.
+
+    Args:
+        births: what it needs.
+        world: the processes.
+        same: what :func:`agree` said; if not, rank 0's values are sent, one storage at a time.
+        shards_on: where sharded parts shall be, if not where they were recorded.
+    """
+
+    def send(raw: Tensor) -> None:
+        broadcast_tensor_(world, raw)
+
+    births.fill(shards_on=shards_on, send=None if same else send, first=world.rank == 0)
+
+
 @torch.no_grad()
 def same_on_all_ranks(module: nn.Module, world: World) -> None:
     """Give every rank rank 0's values, one tensor at a time. Every rank must call this.
@@ -110,7 +150,7 @@ def same_on_all_ranks(module: nn.Module, world: World) -> None:
         return
     done: set[int] = set()
     for _, tensor in named_tensors(module):
-        if id(tensor) not in done:
+        if id(tensor) not in done and has_memory(tensor):
             done.add(id(tensor))
             broadcast_tensor_(world, tensor.data)
 

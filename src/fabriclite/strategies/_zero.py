@@ -11,11 +11,50 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fabriclite import optim_state
+from fabriclite import _torch, optim_state
+from fabriclite.birth.births import Births
 from fabriclite.errors import CheckpointError
 from fabriclite.gradients import total_norm as local_norm
 from fabriclite.optim_state import MASTER
 from fabriclite.world import World
+
+# -- birth ------------------------------------------------------------------------------------------------------------
+
+
+def partition_recorded(births: Births, document: Mapping[str, Any]) -> None:
+    """Make every recorded parameter one of ZeRO-3 whose partition is to be filled. Every rank must call this.
+
+    ``deepspeed.zero.Init`` gives the parameters their methods. Its way to partition them wants the whole parameter in
+    memory and sends it from rank 0; so the partition is made here, in the form in which DeepSpeed 0.18 and 0.19 leave
+    it, and its ``partition`` finds nothing left to do but to let go of the whole.
+
+    Args:
+        births: of the module, its parameters still without memory.
+        document: the engine's JSON; it says where partitions live.
+    """
+    import deepspeed
+
+    converter = deepspeed.zero.Init(config_dict_or_path=dict(document))
+    for place in births.unfilled("parameter"):
+        param = place.tensor
+        device = births.device_of(place)
+        nothing = torch.empty((), dtype=param.dtype, device=device).expand(param.shape)
+        _torch.become(param, nothing)
+        converter._convert_to_deepspeed_param(param)
+        whole = cast(Any, param)
+        size = converter._aligned_size(param)
+        where = converter.local_device if whole.ds_persist else converter.remote_device
+        part = torch.zeros(size // dist.get_world_size(), dtype=param.dtype, device=where)
+        if torch.device(where).type == "cpu" and converter.pin_memory:
+            part = part.pin_memory()
+        part.ds_numel = part.numel()  # type: ignore[attr-defined]
+        part.status = deepspeed.runtime.zero.partition_parameters.PartitionedParamStatus.AVAILABLE  # type: ignore[attr-defined]
+        part.final_location = None  # type: ignore[attr-defined]
+        whole.ds_tensor, whole.ds_numel_aligned = part, size
+        start = min(part.numel() * dist.get_rank(), whole.ds_numel)
+        births.expect_flat(place, start, part[: max(0, min(part.numel(), whole.ds_numel - start))])
+        whole.partition()
+
 
 # -- gradients --------------------------------------------------------------------------------------------------------
 

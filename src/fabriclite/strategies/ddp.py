@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from fabriclite import _torch, optim_state
 from fabriclite.birth.plan import Birth, InitPlan
-from fabriclite.birth.settle import settle
+from fabriclite.birth.settle import settled
 from fabriclite.errors import SetupOrderError
 from fabriclite.precision import Precision
 from fabriclite.strategies import _shared
@@ -58,13 +58,16 @@ class DDP(Strategy):
 
     @override
     def plan_init(self, empty_init: bool | None) -> InitPlan:
-        return InitPlan(birth=Birth.INITIALISED, device=self.world.device, dtype=self.precision.param_dtype)
+        birth = Birth.RECORDED if empty_init else Birth.INITIALISED
+        return InitPlan(birth=birth, device=self.world.device, dtype=self.precision.param_dtype)
 
     @override
     def setup(
         self, module: nn.Module, optimizers: Sequence[Optimizer], move_to_device: bool
     ) -> tuple[nn.Module, list[Optimizer]]:
-        module = settle(module, self.world.device if move_to_device else None, self.precision)
+        device = self.world.device if move_to_device else None
+        with settled(module, device, self.precision, optimizers) as (module, births):
+            _shared.fill(births, self.world)
         if not any(p.requires_grad for p in module.parameters()):  # DDP refuses these: there is nothing to average
             _shared.same_on_all_ranks(module, self.world)
             return module, list(optimizers)

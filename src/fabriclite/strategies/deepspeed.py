@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from fabriclite import _torch, gradients
 from fabriclite.birth.plan import Birth, InitPlan
-from fabriclite.birth.settle import settle
+from fabriclite.birth.settle import settled
 from fabriclite.errors import ConfigError, SetupOrderError
 from fabriclite.launch.environment import prepare_for_deepspeed
 from fabriclite.precision import Precision
@@ -63,35 +63,46 @@ class DeepSpeed(Strategy):
 
     @override
     def plan_init(self, empty_init: bool | None) -> InitPlan:
-        return InitPlan(birth=Birth.INITIALISED, device=self.world.device, dtype=self.precision.param_dtype)
+        birth = Birth.RECORDED if empty_init or (empty_init is None and self.config.stage == 3) else Birth.INITIALISED
+        return InitPlan(birth=birth, device=self.world.device, dtype=self.precision.param_dtype)
 
     @override
     def setup(
         self, module: nn.Module, optimizers: Sequence[Optimizer], move_to_device: bool
     ) -> tuple[nn.Module, list[Optimizer]]:
-        module = settle(module, self.world.device, self.precision)
-        _shared.same_on_all_ranks(module, self.world)
+        self._check_optimizers(optimizers)
+        with settled(module, self.world.device, self.precision, optimizers) as (module, births):
+            document = engine_config(self.config, self.precision, sum(p.numel() for p in module.parameters()))
+            if optimizers and self.config.stage == 3 and births:
+                same = _shared.agree(births, self.world)
+                _zero.partition_recorded(births, document)
+                _shared.fill_agreed(births, self.world, same)
+            else:
+                _shared.fill(births, self.world)
+            _shared.same_on_all_ranks(module, self.world)
         if not optimizers:
             return module, []
-        if len(optimizers) > 1:
-            raise ConfigError(
-                f"With DeepSpeedStrategy a module must have one optimizer, but `setup` got {len(optimizers)}."
-                " Use one optimizer with several parameter groups."
-            )
-        if optimizers[0].state:
-            raise ConfigError(
-                f"With DeepSpeedStrategy an optimizer must make its state in its first step, but"
-                f" {type(optimizers[0]).__name__} made it before. Use AdamW, SGD or another."
-            )
         names = {id(p): name for name, p in module.named_parameters()}
         group_names = [[names[id(p)] for p in group["params"]] for group in optimizers[0].param_groups]
-        document = engine_config(self.config, self.precision, sum(p.numel() for p in module.parameters()))
         engine, _, _, _ = self.library.initialize(
             model=module, optimizer=optimizers[0], config=document, dist_init_required=False
         )
         self.engines.add(engine)
         self.group_names[engine] = group_names
         return engine, [EngineOptimizer(engine, optimizers[0], self.unstepped)]
+
+    @staticmethod
+    def _check_optimizers(optimizers: Sequence[Optimizer]) -> None:
+        if len(optimizers) > 1:
+            raise ConfigError(
+                f"With DeepSpeedStrategy a module must have one optimizer, but `setup` got {len(optimizers)}."
+                " Use one optimizer with several parameter groups."
+            )
+        if optimizers and optimizers[0].state:
+            raise ConfigError(
+                f"With DeepSpeedStrategy an optimizer must make its state in its first step, but"
+                f" {type(optimizers[0]).__name__} made it before. Use AdamW, SGD or another."
+            )
 
     @override
     def user_module(self, engine: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self, final
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -14,7 +15,7 @@ from typing_extensions import override
 
 from fabriclite import optim_state
 from fabriclite.birth.plan import Birth, InitPlan
-from fabriclite.birth.settle import settle
+from fabriclite.birth.settle import settled
 from fabriclite.precision import Precision
 from fabriclite.strategies import _fully_shard, _shared
 from fabriclite.strategies.configs import FSDPStrategy
@@ -53,22 +54,28 @@ class FSDP(Strategy):
 
     @override
     def plan_init(self, empty_init: bool | None) -> InitPlan:
-        return InitPlan(birth=Birth.INITIALISED, device=self.world.device, dtype=self.precision.param_dtype)
+        birth = Birth.RECORDED if empty_init is not False else Birth.INITIALISED
+        return InitPlan(birth=birth, device=self.world.device, dtype=self.precision.param_dtype)
 
     @override
     def setup(
         self, module: nn.Module, optimizers: Sequence[Optimizer], move_to_device: bool
     ) -> tuple[nn.Module, list[Optimizer]]:
-        module = settle(module, None, self.precision)  # fully_shard moves one group at a time
-        _shared.same_on_all_ranks(module, self.world)
-        _fully_shard.apply(
-            module,
-            self.mesh,
-            precision=self.precision,
-            policy=self.config.auto_wrap_policy,
-            reshard_after_forward=self.config.reshard_after_forward,
-            cpu_offload=self.config.cpu_offload,
-        )
+        # not moved: fully_shard does that, one group at a time
+        with settled(module, None, self.precision, optimizers) as (module, births):
+            same = _shared.agree(births, self.world)
+            _shared.same_on_all_ranks(module, self.world)
+            _fully_shard.apply(
+                module,
+                self.mesh,
+                precision=self.precision,
+                policy=self.config.auto_wrap_policy,
+                reshard_after_forward=self.config.reshard_after_forward,
+                cpu_offload=self.config.cpu_offload,
+            )
+            host = torch.device("cpu") if self.config.cpu_offload else None
+            _shared.fill_agreed(births, self.world, same, shards_on=host)
+            _fully_shard.make_root(module)
         return module, list(optimizers)
 
     @override

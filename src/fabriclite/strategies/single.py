@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from fabriclite import optim_state
 from fabriclite.birth.plan import Birth, InitPlan
-from fabriclite.birth.settle import settle
+from fabriclite.birth.settle import settled
 from fabriclite.precision import Precision
 from fabriclite.strategies import _shared
 from fabriclite.strategy import Finish, Strategy
@@ -36,13 +36,16 @@ class SingleDevice(Strategy):
 
     @override
     def plan_init(self, empty_init: bool | None) -> InitPlan:
-        return InitPlan(birth=Birth.INITIALISED, device=self.world.device, dtype=self.precision.param_dtype)
+        birth = Birth.RECORDED if empty_init else Birth.INITIALISED
+        return InitPlan(birth=birth, device=self.world.device, dtype=self.precision.param_dtype)
 
     @override
     def setup(
         self, module: nn.Module, optimizers: Sequence[Optimizer], move_to_device: bool
     ) -> tuple[nn.Module, list[Optimizer]]:
-        module = settle(module, self.world.device if move_to_device else None, self.precision)
+        device = self.world.device if move_to_device else None
+        with settled(module, device, self.precision, optimizers) as (module, births):
+            births.fill()
         return module, list(optimizers)
 
     @override

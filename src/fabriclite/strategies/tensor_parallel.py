@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from fabriclite import optim_state
 from fabriclite.birth.plan import Birth, InitPlan
-from fabriclite.birth.settle import settle
+from fabriclite.birth.settle import settled
 from fabriclite.errors import ConfigError
 from fabriclite.precision import Precision
 from fabriclite.strategies import _fully_shard, _shared, tp_plan
@@ -57,27 +57,34 @@ class TensorParallel(Strategy):
 
     @override
     def plan_init(self, empty_init: bool | None) -> InitPlan:
-        return InitPlan(birth=Birth.INITIALISED, device=self.world.device, dtype=self.precision.param_dtype)
+        birth = Birth.RECORDED if empty_init is not False else Birth.INITIALISED
+        return InitPlan(birth=birth, device=self.world.device, dtype=self.precision.param_dtype)
 
     @override
     def setup(
         self, module: nn.Module, optimizers: Sequence[Optimizer], move_to_device: bool
     ) -> tuple[nn.Module, list[Optimizer]]:
-        module = settle(module, self.world.device if move_to_device else None, self.precision)
-        _shared.same_on_all_ranks(module, self.world)
-        self._same_random_stream()
-        ties = tp_plan.tied_names(module)
-        module = self._parallelize(module)
-        _retie(module, ties)
-        if self.mesh.size(0) > 1 and not _fully_shard.is_sharded(module):
-            _fully_shard.apply(
-                module,
-                self.mesh["data_parallel"],
-                precision=self.precision,
-                policy=self.config.auto_wrap_policy,
-                reshard_after_forward=self.config.reshard_after_forward,
-                cpu_offload=False,
-            )
+        device = self.world.device if move_to_device else None
+        with settled(module, device, self.precision, optimizers) as (module, births):
+            same = _shared.agree(births, self.world)
+            _shared.same_on_all_ranks(module, self.world)
+            self._same_random_stream()
+            ties = tp_plan.tied_names(module)
+            module = self._parallelize(module)
+            _retie(module, ties)
+            shard = self.mesh.size(0) > 1 and not _fully_shard.is_sharded(module)
+            if shard:
+                _fully_shard.apply(
+                    module,
+                    self.mesh["data_parallel"],
+                    precision=self.precision,
+                    policy=self.config.auto_wrap_policy,
+                    reshard_after_forward=self.config.reshard_after_forward,
+                    cpu_offload=False,
+                )
+            _shared.fill_agreed(births, self.world, same)
+            if shard:
+                _fully_shard.make_root(module)
         return module, list(optimizers)
 
     def _parallelize(self, module: nn.Module) -> nn.Module:

@@ -1,0 +1,307 @@
+"""The recorded tensors of one module: found before something replaces its parameters, filled after."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from fabriclite import _torch, shards
+from fabriclite.birth import replay, session
+from fabriclite.birth.fill import Goal, Send, Whole, fill, fill_from_first
+from fabriclite.birth.recording import Recording
+from fabriclite.birth.streams import At, Held
+from fabriclite.birth.tape import Captured, Ref
+from fabriclite.errors import MaterializeError
+
+Kind = Literal["parameter", "buffer", "attribute"]
+_DEEP: Final = 3
+"""Levels of lists and dictionaries in which a module's plain tensors are looked for."""
+_SAMPLES: Final = 4096
+"""Values of a large captured tensor that its fingerprint looks at."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """Where a module holds a recorded tensor, and what it holds.
+
+    Attributes:
+        name: in full, as ``named_parameters`` gives it.
+        owner: the module that holds it.
+        leaf: its name there.
+        kind: how it is held.
+        tensor: the object, as it was recorded.
+        ref: the tensor.
+    """
+
+    name: str
+    owner: nn.Module
+    leaf: str
+    kind: Kind
+    tensor: Tensor
+    ref: Ref
+
+    def now(self) -> Tensor | None:
+        """What is held there now: sharding replaces parameters."""
+        if self.kind == "attribute":
+            return self.tensor
+        held = self.owner._parameters if self.kind == "parameter" else self.owner._buffers
+        return held.get(self.leaf)
+
+
+class Births:
+    """What a module still needs. Empty for one that was built with real tensors.
+
+    Args:
+        recording: which its tensors belong to; ``None`` if there is none.
+        places: where they are, parameters first.
+    """
+
+    def __init__(self, recording: Recording | None, places: Sequence[Place]) -> None:
+        self._recording = recording
+        self.places = list(places)
+        self._flat: list[Goal] = []
+
+    @classmethod
+    def of(cls, module: nn.Module, optimizers: Sequence[Optimizer] = ()) -> "Births":
+        """Find them. Call while nothing answers for torch.
+
+        Raises:
+            MaterializeError: a tensor was taken from ``torch.empty`` and never written, in part or whole.
+        """
+        recording = session.current()
+        places = [] if recording is None else list(_places(recording, module, optimizers))
+        births = cls(recording, places)
+        births._refuse_unwritten()
+        _give_lazy_ones_a_device(module)
+        return births
+
+    def __bool__(self) -> bool:
+        return bool(self.places)
+
+    # -- checks ------------------------------------------------------------------------
+    def _refuse_unwritten(self) -> None:
+        """Raise for what the module's code left as it came from ``torch.empty``."""
+        if self._recording is None:
+            return
+        tape, state = self._recording.tape, {}
+        for place in self.places:
+            if place.ref.storage not in state:
+                state[place.ref.storage] = tape.written(place.ref.storage)
+        bad = [p.name for p in self.places if state[p.ref.storage] == "no" and p.ref.numel and p.kind != "attribute"]
+        partly = {s for s, written in state.items() if written == "partly"}
+        for storage in partly:
+            held = [p for p in self.places if p.ref.storage == storage and p.kind != "attribute"]
+            with replay.at_rest():
+                memory = replay.Replay(tape).memory_of([storage], poisoned=True)[storage]
+                bad += [p.name for p in held if replay.poisoned(memory, p.ref)]
+        if bad:
+            raise MaterializeError(
+                f"{_listed(bad)} must be loaded or initialised, but {'was' if len(bad) == 1 else 'were'} left as"
+                " torch.empty made it, in part or whole. Write its first values in __init__ (torch.zeros,"
+                " torch.nn.init), or load them before setup: model.load_state_dict(...), fabric.load_raw(path, model)."
+            )
+
+    # -- agreement -----------------------------------------------------------------------
+    def outline(self) -> bytes:
+        """A digest of names, shapes, dtypes and ties: what all ranks must have in common."""
+        first: dict[int, int] = {}
+        lines = [
+            (p.name, p.kind, p.ref.size, str(p.ref.dtype), p.ref.offset, first.setdefault(p.ref.storage, i))
+            for i, p in enumerate(self.places)
+        ]
+        return hashlib.blake2b(repr(lines).encode(), digest_size=16).digest()
+
+    def fingerprint(self) -> bytes:
+        """A digest of everything that decides the values: operations, random states, constants, and the processor.
+
+        Equal on two ranks, each may work out its own part. Of constants of more than 1 Mi elements, 4096 are looked at.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(self.outline())
+        if self._recording is None:
+            return digest.digest()
+        # Vector code of another width, or another number of threads in a factorisation, gives other last bits.
+        digest.update(repr((torch.__version__, torch.backends.cpu.get_cpu_capability())).encode())
+        streams: dict[int, int] = {}
+        for op in self._recording.tape.needed(self._storages()):
+            digest.update(repr((str(op.func), op.outs)).encode())
+            _digest_arguments(digest, (op.args, sorted(op.kwargs.items())))
+            if isinstance(op.draw, At):
+                number = streams.setdefault(id(op.draw.stream), len(streams))
+                digest.update(repr((number, op.draw.offset, op.draw.count)).encode())
+                digest.update(op.draw.stream.state_at(op.draw.epoch, 0).numpy().tobytes())
+            elif isinstance(op.draw, Held):
+                digest.update(op.draw.state.numpy().tobytes())
+        return digest.digest()
+
+    def _storages(self) -> list[int]:
+        return list(dict.fromkeys(place.ref.storage for place in self.places))
+
+    # -- filling ---------------------------------------------------------------------------
+    def fill(self, *, shards_on: torch.device | None = None, send: Send | None = None, first: bool = True) -> None:
+        """Give every tensor its memory and values, and every module that holds one the same object as before.
+
+        A parameter that was replaced by a sharded one gets this rank's part alone. Call while nothing answers for
+        torch.
+
+        Args:
+            shards_on: where sharded parts shall be; ``None``: where they were recorded.
+            send: how to give all ranks rank 0's values, if they would not all work out the same.
+            first: whether this is rank 0.
+        """
+        if self._recording is None or not self.places:
+            return
+        tape = self._recording.tape
+        wholes: dict[int, Whole] = {}
+        plain: list[tuple[Tensor, Ref]] = []
+        split: list[tuple[DTensor, Goal]] = []
+        seen: set[int] = set()
+        for place in self.places:
+            held = place.now()
+            if held is None or id(held) in seen or has_memory(held):
+                continue
+            seen.add(id(held))
+            if isinstance(held, DTensor):
+                device = tape.storages[place.ref.storage].device if shards_on is None else shards_on
+                split.append((held, _goal(held, place.ref, device)))
+            elif place.kind == "attribute" and self._is_parameter(place.tensor):
+                continue  # an old name of a parameter that was replaced: `_rename` puts the new one there
+            else:
+                wholes.setdefault(place.ref.storage, Whole(place.ref.storage, place.ref.dtype))
+                plain.append((held, place.ref))
+        goals = [*(goal for _, goal in split), *self._flat]
+        if send is None:
+            fill(tape, goals, list(wholes.values()), torch.get_num_threads())
+        else:
+            fill_from_first(tape, goals, list(wholes.values()), send, first, self._storages())
+        for tensor, ref in plain:
+            memory = wholes[ref.storage].memory
+            assert memory is not None
+            with torch.no_grad():
+                _torch.become(tensor, replay.view(memory, ref))
+        for sharded, goal in split:
+            _torch.become_sharded(sharded, goal.out)
+        self._rename()
+        self._recording.close({p.ref.storage for p in self.places})
+
+    def unfilled(self, kind: Kind) -> list[Place]:
+        """Places of a kind, one for each tensor, that :meth:`fill` would fill."""
+        found = {id(p.tensor): p for p in reversed(self.places) if p.kind == kind and not has_memory(p.tensor)}
+        return list(reversed(found.values()))
+
+    def device_of(self, place: Place) -> torch.device:
+        """Where its tensor would be."""
+        assert self._recording is not None
+        return self._recording.tape.storages[place.ref.storage].device
+
+    def expect_flat(self, place: Place, start: int, out: Tensor) -> None:
+        """Have :meth:`fill` write values ``start`` and following of a tensor, in row-major order, into ``out``.
+
+        ``out``: of shape ``(length,)``, real. The tensor itself was given memory by the caller.
+        """
+        ref = place.ref
+        if ref.contiguous:
+            ref = Ref(ref.storage, ref.dtype, (ref.numel,), (1,), ref.offset)
+        self._flat.append(Goal(ref, ((start, out.numel()),), out))
+
+    def _is_parameter(self, tensor: Tensor) -> bool:
+        return any(p.tensor is tensor and p.kind == "parameter" and p.now() is not tensor for p in self.places)
+
+    def _rename(self) -> None:
+        """Where a module's lists and dictionaries hold a parameter that was replaced, put what replaced it."""
+        new = {id(p.tensor): p.now() for p in self.places if p.kind == "parameter" and p.now() is not p.tensor}
+        for place in self.places:
+            if place.kind == "attribute" and id(place.tensor) in new:
+                _replace(vars(place.owner), place.tensor, new[id(place.tensor)], _DEEP)
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether ``tensor``, or this rank's part of it, is real. Call while nothing answers for torch."""
+    return not shards.local(tensor.detach()).is_meta
+
+
+_LAZY: Final = (nn.UninitializedParameter, nn.UninitializedBuffer)
+
+
+def _give_lazy_ones_a_device(module: nn.Module) -> None:
+    """Parameters that get their shape from the first batch have nothing to replay, but must not stay on meta."""
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if isinstance(tensor, _LAZY) and tensor.data.is_meta:
+            _torch.become(tensor, torch.empty(0, dtype=tensor.dtype, device=torch.get_default_device()))
+
+
+def _places(recording: Recording, module: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[Place]:
+    """Parameters, then buffers, then plain tensors of ``module``, then those of optimizers, that are recorded."""
+    held: dict[Kind, list[tuple[str, nn.Module, str, Tensor]]] = {"parameter": [], "buffer": [], "attribute": []}
+    for prefix, owner in module.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        held["parameter"] += [
+            (dot + leaf, owner, leaf, p) for leaf, p in owner.named_parameters(recurse=False, remove_duplicate=False)
+        ]
+        held["buffer"] += [
+            (dot + leaf, owner, leaf, b) for leaf, b in owner.named_buffers(recurse=False, remove_duplicate=False)
+        ]
+        held["attribute"] += [(dot + leaf, owner, leaf, t) for leaf, t in _plain_tensors(vars(owner), _DEEP)]
+    for optimizer in optimizers:
+        name = type(optimizer).__name__
+        for state in optimizer.state.values():
+            held["attribute"] += [(f"{name}.{key}", module, key, t) for key, t in state.items()]
+    for kind, items in held.items():
+        for full_name, owner, leaf, tensor in items:
+            if not isinstance(tensor, _LAZY) and recording.knows(tensor):
+                yield Place(full_name, owner, leaf, kind, tensor, recording.ref(tensor))
+
+
+def _plain_tensors(holder: Any, deep: int) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in a module's own attributes, lists and dictionaries, with a name."""
+    for key, value in _items(holder):
+        if key in ("_parameters", "_buffers", "_modules"):
+            continue
+        if isinstance(value, Tensor):
+            if not isinstance(value, _LAZY):
+                yield str(key), value
+        elif deep > 1 and isinstance(value, list | tuple | dict):
+            for name, tensor in _plain_tensors(value, deep - 1):
+                yield f"{key}.{name}", tensor
+
+
+def _items(holder: Any) -> list[tuple[Any, Any]]:
+    return list(holder.items()) if isinstance(holder, dict) else list(enumerate(holder))
+
+
+def _replace(holder: Any, old: Tensor, new: Tensor | None, deep: int) -> None:
+    for key, value in _items(holder):
+        if key in ("_parameters", "_buffers", "_modules"):
+            continue
+        if value is old and isinstance(holder, dict | list):
+            holder[key] = new
+        elif deep > 1 and isinstance(value, list | tuple | dict):
+            _replace(value, old, new, deep - 1)
+
+
+def _goal(sharded: DTensor, ref: Ref, device: torch.device) -> Goal:
+    box = shards.box(sharded)
+    return Goal(ref, box, torch.empty([length for _, length in box], dtype=ref.dtype, device=device))
+
+
+def _digest_arguments(digest: Any, value: Any) -> None:
+    if isinstance(value, Captured):
+        tensor = value.value().detach()
+        digest.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
+        sample = tensor.reshape(-1) if tensor.is_contiguous() else tensor.flatten()[:_SAMPLES]
+        sample = sample if sample.numel() <= 1 << 20 else sample[:: max(1, sample.numel() // _SAMPLES)]
+        digest.update(sample.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _digest_arguments(digest, item)
+    elif not isinstance(value, torch.Generator):
+        digest.update(repr(value).encode())
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

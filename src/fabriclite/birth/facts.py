@@ -1,0 +1,111 @@
+"""What the recording has to know about an operation of torch: from its schema, and from a few lists of names."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Final
+
+import torch
+
+LIKE: Final = frozenset(
+    {"zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like"}
+    | {"new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"}
+)
+METADATA_ONLY: Final = LIKE
+"""Reads of its tensor argument nothing but shape, dtype and device."""
+
+UNWRITTEN: Final = frozenset(
+    {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"}
+)
+"""Takes memory and leaves it as it is."""
+
+FILLS: Final = frozenset({"fill_", "zero_", "copy_", "normal_", "uniform_", "random_", "exponential_", "log_normal_"})
+"""Writes all of its first argument whatever was there."""
+DRAWN_FILLS: Final = frozenset({"cauchy_", "geometric_", "bernoulli_", "trunc_normal_"})
+
+OVERWRITES: Final = FILLS | {"cauchy_", "geometric_", "trunc_normal_"}
+WRITES_PART: Final = (
+    FILLS
+    | DRAWN_FILLS
+    | {"index_put_", "_index_put_impl_", "index_fill_", "index_copy_", "masked_fill_", "masked_scatter_", "scatter_"}
+)
+"""May give memory a value that held none; anything else in place (``mul_``) only changes values."""
+
+EXACT: Final = frozenset(
+    {"mul", "mul_", "sub", "sub_", "add", "add_", "div", "div_", "neg", "neg_", "abs", "abs_", "sqrt", "sqrt_"}
+    | {"clamp", "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_"}
+    | {"clone", "_to_copy", "copy_", "fill_", "zero_", "detach", "alias"}
+)
+"""Element by element and correctly rounded, so that a part comes out as in the whole. Not ``exp`` or ``erfinv``: vector
+and scalar code of theirs differ in the last bit, and which element gets which depends on where a part begins."""
+
+FACTORIES: Final = frozenset(
+    {"zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
+)
+"""Makes a tensor of one value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Of one operation.
+
+    Attributes:
+        name: without namespace and overload, ``normal_``.
+        overload: ``float_float``, or ``default``.
+        arguments: their names, in order.
+        written: places of the arguments that it writes.
+        views: whether it returns a view and writes nothing.
+        reshapes: whether it changes shape or place of its argument, and no value.
+        random: whether it draws.
+    """
+
+    name: str
+    overload: str
+    arguments: tuple[str, ...]
+    written: tuple[int, ...]
+    views: bool
+    reshapes: bool
+    random: bool
+
+    def has(self, argument: str) -> bool:
+        return argument in self.arguments
+
+
+@dataclass(frozen=True, slots=True)
+class Macro:
+    """A function of Python that is recorded as one operation, writing its first argument.
+
+    ``torch.nn.init.trunc_normal_`` asks whether it is done by looking at values: recorded step by step it would need
+    every one of them while recording.
+    """
+
+    name: str
+    run: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+
+@cache
+def of(func: Any) -> Facts:
+    """Facts of an ``OpOverload`` or a :class:`Macro`."""
+    if isinstance(func, Macro):
+        return Facts(func.name, "default", ("tensor",), (0,), views=False, reshapes=False, random=True)
+    schema = func._schema
+    written = tuple(i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
+    aliases = any(a.alias_info is not None and not a.alias_info.is_write for a in schema.arguments)
+    name = schema.name.split("::")[1]
+    return Facts(
+        name=name,
+        overload=schema.overload_name or "default",
+        arguments=tuple(a.name for a in schema.arguments),
+        written=written,
+        views=aliases and not written,
+        reshapes=torch.Tag.inplace_view in func.tags and name not in ("resize_", "resize_as_"),
+        random=torch.Tag.nondeterministic_seeded in func.tags,
+    )
+
+
+def argument(func: Any, place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What was passed at ``place`` of the schema, by position or by name."""
+    return args[place] if place < len(args) else kwargs.get(of(func).arguments[place])

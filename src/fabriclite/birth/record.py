@@ -1,0 +1,243 @@
+"""See every operation; note those that make or write recorded tensors instead of running them."""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from fabriclite import _torch
+from fabriclite.birth import draws, facts
+from fabriclite.birth.recording import Recording
+from fabriclite.birth.replay import at_rest, flat
+from fabriclite.birth.streams import Draw
+from fabriclite.birth.tape import Captured, Op, Ref
+
+_META: Final = torch.device("meta")
+_NEEDS_VALUES: Final = (NotImplementedError, RuntimeError, IndexError, TypeError, ValueError)
+"""What operations raise on the meta device when their result depends on values."""
+
+
+class Recorder(_torch.DispatchMode):  # type: ignore[no-untyped-call]
+    """Turns what makes tensors into meta tensors that are on the tape.
+
+    Args:
+        recording: where to note.
+        device: where tensors would be that are made without one.
+        makes: whether new tensors are recorded; off, only what happens to recorded ones is.
+    """
+
+    def __init__(self, recording: Recording, device: torch.device, makes: bool = True) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recording = recording
+        self.device = device
+        self.makes = makes
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with _torch.raw():  # C++ code may call with the function mode still on
+            return self._see(func, args, kwargs or {})
+
+    def _see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not isinstance(func, torch._ops.OpOverload):
+            return func(*args, **kwargs)
+        known = facts.of(func)
+        tensors = [t for t in flat([args, list(kwargs.values())]) if isinstance(t, Tensor)]
+        recorded = [t for t in tensors if self.recording.knows(t)]
+        if not recorded:
+            makes = self.makes and not tensors and known.has("device") and kwargs.get("device") != _META
+            return self._note(func, args, kwargs, recorded) if makes else self._plain(func, args, kwargs, tensors)
+        moves_nothing = known.views or known.reshapes
+        if moves_nothing and (len(recorded) == len(tensors) or known.name in ("lift_fresh", "alias", "detach")):
+            return func(*args, **kwargs)
+        if any(not self.recording.knows(t) for t in _written(func, args, kwargs)):
+            return self._by_value(func, args, kwargs)  # a real tensor gets values of recorded ones
+        return self._note(func, args, kwargs, recorded)
+
+    # -- real tensors ----------------------------------------------------------------
+    def _plain(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+        """Run it. If it draws, the generator has to be where it seems to be."""
+        if not facts.of(func).random:
+            return func(*args, **kwargs)
+        device = tensors[0].device if tensors else torch.device(kwargs.get("device") or "cpu")
+        stream = self.recording.stream(kwargs.get("generator"), device)
+        stream.show()
+        return func(*args, **kwargs)
+
+    def _by_value(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Work out the values that it needs and run it; what it wrote into recorded tensors is noted as given."""
+        stood_for: list[tuple[Tensor, Tensor]] = []
+
+        def real(value: Tensor) -> Tensor:
+            if not self.recording.knows(value):
+                return value
+            stood_for.append((value, self.recording.value(value)))
+            return stood_for[-1][1]
+
+        if facts.of(func).random:
+            device = next(self.recording.device(t) for t in flat([args]) if self.recording.knows(t))
+            self.recording.stream(kwargs.get("generator"), device).show()
+        real_args, real_kwargs = _on_tensors((args, kwargs), real)
+        result = func(*real_args, **real_kwargs)
+        for tensor in _written(func, args, kwargs):
+            for recorded, value in stood_for:
+                if recorded is tensor:
+                    self._note(torch.ops.aten.copy_.default, (recorded, value), {}, [recorded])
+                    result = recorded if result is value else result
+        return result
+
+    # -- recorded tensors --------------------------------------------------------------
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], recorded: list[Tensor]) -> Any:
+        written = _written(func, args, kwargs)
+        noted_args, noted_kwargs = _on_tensors((args, kwargs), self._noted)
+        reads = frozenset(self.recording.ref(t).storage for t in recorded)
+        writes = frozenset(self.recording.ref(t).storage for t in written)
+        try:
+            result = func(*_on_tensors(args, _on_meta), **_for_meta(func, kwargs, bool(recorded)))
+        except _NEEDS_VALUES:
+            if not recorded:
+                raise
+            return self._by_value(func, args, kwargs)
+        out = flat(result)
+        if not any(isinstance(t, Tensor) for t in out) and not writes:
+            return result if result is None else self._by_value(func, args, kwargs)
+        device = self._device_of(kwargs, recorded)
+        creates, outs = set(), []
+        for item in out:
+            new = isinstance(item, Tensor) and self.recording.number(item) is None
+            ref = (
+                None
+                if not isinstance(item, Tensor)
+                else (self.recording.enter(item, device) if new else self.recording.ref(item))
+            )
+            outs.append(ref)
+            if new and ref is not None:
+                creates.add(ref.storage)
+        if not writes and not creates:
+            return result  # only another look at what is there
+        if not recorded and facts.of(func).has("dtype") and noted_kwargs.get("dtype") is None:
+            noted_kwargs["dtype"] = out[0].dtype  # the default dtype of now, not of replay
+        if facts.of(func).has("device") and (not recorded or noted_kwargs.get("device") is not None):
+            noted_kwargs["device"] = device
+        op = Op(
+            index=len(self.recording.tape.ops),
+            func=func,
+            args=noted_args,
+            kwargs=noted_kwargs,
+            reads=reads,
+            writes=writes | creates,
+            creates=frozenset(creates),
+            outs=outs,
+        )
+        self._settle(op, written)
+        if facts.of(func).random:
+            target = written[0] if written else next(t for t in out if isinstance(t, Tensor))
+            op.draw = self._draw(op, target, args, kwargs, device if not written else self.recording.device(target))
+        self.recording.add(op)
+        return result
+
+    def _settle(self, op: Op, written: list[Tensor]) -> None:
+        """Find out whether it overwrites all of its storage, reading none of it."""
+        if len(written) != 1 or op.name not in facts.OVERWRITES:
+            return
+        target = self.recording.ref(written[0])
+        nbytes = self.recording.tape.storages[target.storage].nbytes
+        others = sum(ref.storage == target.storage for ref in op.refs()) - 1
+        if target.dense and target.nbytes == nbytes and others == 0:
+            op.overwrites = True
+            op.reads -= {target.storage}
+
+    def note_macro(self, macro: facts.Macro, tensor: Tensor, args: tuple[Any, ...], draw: Draw) -> None:
+        """Note a function of Python that fills ``tensor`` from ``draw``."""
+        ref = self.recording.ref(tensor)
+        op = Op(
+            index=len(self.recording.tape.ops),
+            func=macro,
+            args=(ref, *args),
+            kwargs={},
+            reads=frozenset({ref.storage}),
+            writes=frozenset({ref.storage}),
+            creates=frozenset(),
+            outs=[ref],
+            draw=draw,
+        )
+        self._settle(op, [tensor])
+        self.recording.add(op)
+
+    def _noted(self, tensor: Tensor) -> Ref | Captured:
+        return self.recording.ref(tensor) if self.recording.knows(tensor) else Captured(tensor)
+
+    def _device_of(self, kwargs: dict[str, Any], recorded: list[Tensor]) -> torch.device:
+        """Where its results would be. C++ code asks for the meta device when it makes something like a recorded one."""
+        wanted = kwargs.get("device")
+        if wanted is not None and torch.device(wanted) != _META:
+            return torch.device(wanted)
+        return self.recording.device(recorded[0]) if recorded else self.device
+
+    # -- random numbers ------------------------------------------------------------------
+    def _draw(
+        self, op: Op, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
+    ) -> Draw:
+        stream = self.recording.stream(kwargs.get("generator"), device)
+        known = facts.of(op.func)
+        if stream.generator.device.type == "cpu":
+            count = draws.count(known.name, known.overload, target, args, stream.keeps_a_normal)
+        else:
+            count = draws.measured(op.func, target, args, stream.generator.device)
+        if count is not None:
+            return stream.draw(count)
+        draw = stream.held()
+        self._draw_for_real(op, args, kwargs)
+        stream.look()
+        return draw
+
+    def _draw_for_real(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Move the generator as it would: on the values it needs, or on any memory if it needs none."""
+
+        def real(value: Tensor) -> Tensor:
+            if not self.recording.knows(value):
+                return value
+            if args and value is args[0] and op.name in facts.FILLS | facts.DRAWN_FILLS:
+                return torch.empty_strided(
+                    value.size(), value.stride(), dtype=value.dtype, device=self.recording.device(value)
+                )
+            return self.recording.value(value)
+
+        real_args, real_kwargs = _on_tensors((args, kwargs), real)
+        with at_rest():
+            op.func(*real_args, **real_kwargs)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    places = [facts.argument(func, place, args, kwargs) for place in facts.of(func).written]
+    return [t for t in flat(places) if isinstance(t, Tensor)]
+
+
+def _on_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """The same arguments with ``change`` done to every tensor."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: _on_tensors(item, change) for name, item in value.items()}
+    if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
+        return type(value)(_on_tensors(item, change) for item in value)
+    return value
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    if tensor.device == _META:
+        return tensor
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=_META)
+
+
+def _for_meta(func: Any, kwargs: dict[str, Any], has_recorded: bool) -> dict[str, Any]:
+    """The same keyword arguments for a run on the meta device."""
+    changed = _on_tensors(kwargs, _on_meta)
+    if facts.of(func).has("device") and (changed.get("device") is not None or not has_recorded):
+        changed["device"] = _META
+    if changed.get("pin_memory"):
+        changed["pin_memory"] = False
+    if changed.get("generator") is not None:
+        changed["generator"] = None
+    return changed  # type: ignore[no-any-return]
