@@ -4,12 +4,17 @@ Each was read in torch 2.11 and 2.13. Nothing else in the package touches an und
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+# What a mode is told that an operation is.
+from torch._ops import OpOverload as OpOverload
 from torch.amp.grad_scaler import GradScaler
 
 # A weak reference to a storage, which keeps its address from being used again.
@@ -280,6 +285,20 @@ def parse_to(*args: Any, **kwargs: Any) -> tuple[torch.device | None, torch.dtyp
     """Device, dtype and memory format that the arguments of ``Tensor.to`` say: ``torch._C._nn._parse_to``."""
     device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
     return device, dtype, memory_format
+
+
+def asked_by_typed_storage() -> bool:
+    """Whether a caller a few frames up is ``Tensor._typed_storage``.
+
+    So ``torch.save`` and ``pickle`` ask for a tensor's memory, and nobody who only compares addresses. No mode sees
+    them save.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(8):
+        if frame is None or frame.f_code is Tensor._typed_storage.__code__:
+            return frame is not None
+        frame = frame.f_back
+    return False
 
 
 def to_copy(tensor: Tensor, **options: Any) -> Tensor:

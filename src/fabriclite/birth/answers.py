@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -24,7 +25,21 @@ _VALUES: Final = frozenset(
     | {Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.__complex__}
     | {Tensor.__format__, Tensor.__contains__, Tensor.__repr__}
 )
+_SET_DATA: Final = Tensor.data.__set__  # type: ignore[attr-defined]
 _UNBUILT: Final = (nn.UninitializedParameter, nn.UninitializedBuffer)
+
+
+def _index(index: Any, device: torch.device) -> Any:
+    """The same index with tensors for lists: torch would make those on the meta device, and lose their numbers."""
+    if isinstance(index, tuple):
+        return tuple(_index(item, device) for item in index)
+    if isinstance(index, list) and all(isinstance(leaf, int) for leaf in flat(index)):
+        return torch.tensor(index, device=device, dtype=None if index else torch.long)
+    return index
+
+
+def _given(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if value is not None}
 
 
 class Answers(TorchFunctionMode):
@@ -44,11 +59,20 @@ class Answers(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
+        if func is _SET_DATA and self._recording.knows(args[1]) and not self._recording.knows(first):
+            return _torch.become(args[0], args[1])  # an empty tensor, which is real, gets its content
         if isinstance(first, Tensor) and not isinstance(first, _UNBUILT) and self._recording.knows(first):
             answer = self._of(first, func, args, kwargs)
             if answer is not NotImplemented:
                 return answer
-        result = self._call(func, args, kwargs)
+        if self._recording.knows(kwargs.get("out")):
+            kwargs = {name: value for name, value in kwargs.items() if name != "device"}  # it would have to be meta
+        meant, wanted = self._recorder.meta_is_meant, kwargs.get("device")
+        self._recorder.meta_is_meant = meant or (wanted is not None and torch.device(wanted).type == "meta")
+        try:
+            result = self._call(func, args, kwargs)
+        finally:
+            self._recorder.meta_is_meant = meant
         if not self._recorder.makes:
             self._refuse_computing(func, args, kwargs, result)
         return result
@@ -58,21 +82,39 @@ class Answers(TorchFunctionMode):
         if func in _WHERE:
             return _WHERE[func](self._recording.device(tensor))
         if func in _VALUES:
-            value = self._recording.value(tensor)
-            with _torch.no_modes():
-                return func(value, *args[1:], **kwargs)
-        if func is Tensor.data_ptr:
-            return _torch.storage_key(tensor) + tensor.storage_offset() * tensor.element_size()
-        if func is Tensor.new_tensor:  # on meta it drops the data
-            wanted = {"dtype": tensor.dtype, **{k: v for k, v in kwargs.items() if v is not None}}
-            wanted.setdefault("device", self._recording.device(tensor))
-            return torch.tensor(*args[1:], **wanted)
-        if func is Tensor.__deepcopy__ and type(tensor) is Tensor:
-            return self._copied(tensor, *args[1:])
+            return self._value(tensor, func, args[1:], kwargs)
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
             with self:  # a factory below has to ask us again
                 return self._moved(tensor, func, args[1:], dict(kwargs))
-        return NotImplemented
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            return func(tensor, _index(args[1], self._recording.device(tensor)), *args[2:])
+        if func is Tensor.untyped_storage and _torch.asked_by_typed_storage():  # it is saved or pickled
+            return self._recording.value(tensor, shared=True).untyped_storage()
+        if func is Tensor.data_ptr:
+            return _torch.storage_key(tensor) + tensor.storage_offset() * tensor.element_size()
+        if func is Tensor.__deepcopy__ and type(tensor) is Tensor:
+            return self._copied(tensor, *args[1:])
+        return self._made_like(tensor, func, args[1:], kwargs)
+
+    def _value(self, tensor: Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        value, shown = self._recording.value(tensor), func in (Tensor.__repr__, Tensor.__format__)
+        with _torch.no_modes():
+            value.requires_grad_(shown and tensor.is_leaf and tensor.requires_grad)
+            answer = func(value, *args, **kwargs)
+        if isinstance(answer, np.ndarray):
+            self._recording.lend(tensor, value, answer)
+        return answer
+
+    def _made_like(self, tensor: Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``new_tensor`` and ``new``, which would lose their data on the meta device."""
+        here = self._recording.device(tensor)
+        if func is Tensor.new_tensor:
+            return torch.tensor(*args, **{"dtype": tensor.dtype, "device": here, **_given(kwargs)})
+        if func is not Tensor.new:
+            return NotImplemented
+        if len(args) == 1 and not isinstance(args[0], int | torch.Size):
+            return torch.tensor(args[0], dtype=tensor.dtype, device=here)
+        return tensor.new_empty(args[0] if args and isinstance(args[0], torch.Size) else args)
 
     def _moved(self, tensor: Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``to``, ``cpu`` and ``cuda``: torch would compare with the meta device."""
@@ -138,12 +180,10 @@ class Answers(TorchFunctionMode):
 
     def _refuse_computing(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """After the context recorded tensors may be changed, not computed with: nobody would see the values."""
-        if not isinstance(result, Tensor) or not result.requires_grad or result.is_leaf:
-            return
         tensors = [t for t in flat([args, list(kwargs.values())]) if isinstance(t, Tensor)]
-        if any(self._recording.knows(t) for t in tensors) and any(
-            t.dim() > 0 and not self._recording.knows(t) for t in tensors
-        ):
+        recorded = [self._recording.knows(t) for t in tensors]
+        mixed = any(recorded) and any(t.dim() > 0 and not known for t, known in zip(tensors, recorded, strict=True))
+        if mixed and isinstance(result, Tensor) and result.requires_grad and not result.is_leaf:
             raise MaterializeError(
                 f"A model from `init_module` must be set up before it computes, but {getattr(func, '__name__', func)}"
                 " was called on it. Write model = fabric.setup(model) first, or fabric.materialize(model)."

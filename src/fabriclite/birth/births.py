@@ -3,6 +3,8 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, Final, Literal
 
 import torch
@@ -19,7 +21,7 @@ from fabriclite.birth.tape import Captured, Ref
 from fabriclite.errors import MaterializeError
 
 Kind = Literal["parameter", "buffer", "attribute"]
-_DEEP: Final = 3
+_DEEP: Final = 5
 """Levels of lists and dictionaries in which a module's plain tensors are looked for."""
 _SAMPLES: Final = 4096
 """Values of a large captured tensor that its fingerprint looks at."""
@@ -74,6 +76,8 @@ class Births:
             MaterializeError: a tensor was taken from ``torch.empty`` and never written, in part or whole.
         """
         recording = session.current()
+        if recording is not None:
+            recording.take_back()
         places = [] if recording is None else list(_places(recording, module, optimizers))
         births = cls(recording, places)
         births._refuse_unwritten()
@@ -257,17 +261,31 @@ def _places(recording: Recording, module: nn.Module, optimizers: Sequence[Optimi
                 yield Place(full_name, owner, leaf, kind, tensor, recording.ref(tensor))
 
 
-def _plain_tensors(holder: Any, deep: int) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in a module's own attributes, lists and dictionaries, with a name."""
+def _plain_tensors(holder: Any, deep: int, registered: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in a module's own attributes, and in lists, dictionaries and objects there, with a name.
+
+    ``registered``: ``holder`` is what a module's attributes are; what it registered is left out.
+    """
     for key, value in _items(holder):
-        if key in ("_parameters", "_buffers", "_modules"):
+        if registered and key in ("_parameters", "_buffers", "_modules"):
             continue
         if isinstance(value, Tensor):
-            if not isinstance(value, _LAZY):
-                yield str(key), value
+            yield str(key), value
         elif deep > 1 and isinstance(value, list | tuple | dict):
-            for name, tensor in _plain_tensors(value, deep - 1):
+            for name, tensor in _plain_tensors(value, deep - 1, registered=False):
                 yield f"{key}.{name}", tensor
+        elif deep > 1 and _holds_things(value):
+            # a module in a plain list counts as one level less: its own dictionaries are levels of their own
+            levels = deep if isinstance(value, nn.Module) else deep - 1
+            for name, tensor in _plain_tensors(vars(value), levels, registered=False):
+                yield f"{key}.{name}", tensor
+
+
+def _holds_things(value: Any) -> bool:
+    """Whether it is somebody's object, not one of Python's or torch's kinds."""
+    return hasattr(value, "__dict__") and not isinstance(
+        value, type | FunctionType | MethodType | BuiltinFunctionType | ModuleType | torch.Generator | partial
+    )
 
 
 def _items(holder: Any) -> list[tuple[Any, Any]]:

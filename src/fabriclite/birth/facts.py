@@ -57,6 +57,7 @@ class Facts:
         views: whether it returns a view and writes nothing.
         reshapes: whether it changes shape or place of its argument, and no value.
         random: whether it draws.
+        into_out: whether it writes what was passed as ``out``, and does not read it.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Facts:
     views: bool
     reshapes: bool
     random: bool
+    into_out: bool = False
 
     def has(self, argument: str) -> bool:
         return argument in self.arguments
@@ -103,6 +105,7 @@ def of(func: Any) -> Facts:
         views=aliases and not written,
         reshapes=torch.Tag.inplace_view in func.tags and name not in ("resize_", "resize_as_"),
         random=torch.Tag.nondeterministic_seeded in func.tags,
+        into_out=any(schema.arguments[i].is_out for i in written),
     )
 
 

@@ -147,9 +147,9 @@ def _do(op: Op, memory: dict[int, Tensor], begin: int, end: int, hand: Hand) -> 
     created = next((ref for ref in op.outs if ref is not None), None) if op.creates else None
     target = created if created is not None else next(op.refs())
     low, high = max(begin, target.offset), min(end, target.offset + target.numel)
-    if created is not None and created.storage not in memory and (op.name not in facts.EXACT):
-        first = next(iter(memory.values()))
-        memory[created.storage] = torch.empty(end - begin, dtype=created.dtype, device=first.device)
+    if (op.overwrites or op.name not in facts.EXACT) and target.storage not in memory:
+        like = next(iter(memory.values()))
+        memory[target.storage] = torch.empty(end - begin, dtype=target.dtype, device=like.device)
     if low >= high or (created is not None and op.name in facts.UNWRITTEN):
         return
 

@@ -39,7 +39,7 @@ class InitPlan:
 def enter(plan: InitPlan) -> Iterator[None]:
     """Enter ``plan``. Nothing happens before ``with``; everything is undone after it, also on an error."""
     record = session.recording(plan.device) if plan.birth is Birth.RECORDED else session.making()
-    with default_dtype(plan.dtype), plan.device, record:
+    with default_dtype(plan.dtype), record, plan.device:
         yield
 
 

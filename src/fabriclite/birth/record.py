@@ -12,6 +12,7 @@ from fabriclite.birth.recording import Recording
 from fabriclite.birth.replay import at_rest, flat
 from fabriclite.birth.streams import Draw
 from fabriclite.birth.tape import Captured, Op, Ref
+from fabriclite.errors import MaterializeError
 
 _META: Final = torch.device("meta")
 _NEEDS_VALUES: Final = (NotImplementedError, RuntimeError, IndexError, TypeError, ValueError)
@@ -32,6 +33,8 @@ class Recorder(_torch.DispatchMode):  # type: ignore[no-untyped-call]
         self.recording = recording
         self.device = device
         self.makes = makes
+        self.meta_is_meant = False
+        """Whether the user's code, and not torch's, asks for the meta device now."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -40,20 +43,31 @@ class Recorder(_torch.DispatchMode):  # type: ignore[no-untyped-call]
             return self._see(func, args, kwargs or {})
 
     def _see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not isinstance(func, torch._ops.OpOverload):
+        if not isinstance(func, _torch.OpOverload):
             return func(*args, **kwargs)
         known = facts.of(func)
         tensors = [t for t in flat([args, list(kwargs.values())]) if isinstance(t, Tensor)]
         recorded = [t for t in tensors if self.recording.knows(t)]
         if not recorded:
-            makes = self.makes and not tensors and known.has("device") and kwargs.get("device") != _META
-            return self._note(func, args, kwargs, recorded) if makes else self._plain(func, args, kwargs, tensors)
+            noted = self._makes(known, args, kwargs, tensors)
+            return self._note(func, args, kwargs, recorded) if noted else self._plain(func, args, kwargs, tensors)
         moves_nothing = known.views or known.reshapes
         if moves_nothing and (len(recorded) == len(tensors) or known.name in ("lift_fresh", "alias", "detach")):
             return func(*args, **kwargs)
         if any(not self.recording.knows(t) for t in _written(func, args, kwargs)):
             return self._by_value(func, args, kwargs)  # a real tensor gets values of recorded ones
         return self._note(func, args, kwargs, recorded)
+
+    def _makes(self, known: facts.Facts, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> bool:
+        """Whether something new comes onto the tape: a tensor made of nothing, or brought beside a recorded one."""
+        if not known.has("device") or self.meta_is_meant:
+            return False
+        beside_recorded = kwargs.get("device") == _META  # torch's own code does this, to index for example
+        if args and isinstance(args[0], list | tuple) and 0 in args[0] and not beside_recorded:
+            return False  # needs no memory; torch gives such a one the memory that it read from a file
+        if tensors:
+            return beside_recorded and known.name == "_to_copy" and tensors[0].device != _META
+        return self.makes or beside_recorded
 
     # -- real tensors ----------------------------------------------------------------
     def _plain(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
@@ -89,6 +103,7 @@ class Recorder(_torch.DispatchMode):  # type: ignore[no-untyped-call]
 
     # -- recorded tensors --------------------------------------------------------------
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], recorded: list[Tensor]) -> Any:
+        self.recording.take_back()
         written = _written(func, args, kwargs)
         noted_args, noted_kwargs = _on_tensors((args, kwargs), self._noted)
         reads = frozenset(self.recording.ref(t).storage for t in recorded)
@@ -102,7 +117,7 @@ class Recorder(_torch.DispatchMode):  # type: ignore[no-untyped-call]
         out = flat(result)
         if not any(isinstance(t, Tensor) for t in out) and not writes:
             return result if result is None else self._by_value(func, args, kwargs)
-        device = self._device_of(kwargs, recorded)
+        device = self._device_of(args, kwargs, recorded)
         creates, outs = set(), []
         for item in out:
             new = isinstance(item, Tensor) and self.recording.number(item) is None
@@ -139,7 +154,7 @@ class Recorder(_torch.DispatchMode):  # type: ignore[no-untyped-call]
 
     def _settle(self, op: Op, written: list[Tensor]) -> None:
         """Find out whether it overwrites all of its storage, reading none of it."""
-        if len(written) != 1 or op.name not in facts.OVERWRITES:
+        if len(written) != 1 or not (op.name in facts.OVERWRITES or facts.of(op.func).into_out):
             return
         target = self.recording.ref(written[0])
         nbytes = self.recording.tape.storages[target.storage].nbytes
@@ -166,14 +181,24 @@ class Recorder(_torch.DispatchMode):  # type: ignore[no-untyped-call]
         self.recording.add(op)
 
     def _noted(self, tensor: Tensor) -> Ref | Captured:
-        return self.recording.ref(tensor) if self.recording.knows(tensor) else Captured(tensor)
+        if self.recording.knows(tensor):
+            return self.recording.ref(tensor)
+        if tensor.device == _META:
+            raise MaterializeError(
+                f"A tensor on the meta device, of shape {tuple(tensor.shape)}, has no values, but was used to make one"
+                " inside init_module. Make it there without device='meta'."
+            )
+        return Captured(tensor)
 
-    def _device_of(self, kwargs: dict[str, Any], recorded: list[Tensor]) -> torch.device:
+    def _device_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], recorded: list[Tensor]) -> torch.device:
         """Where its results would be. C++ code asks for the meta device when it makes something like a recorded one."""
+        given = [t for t in flat([args]) if isinstance(t, Tensor)]
         wanted = kwargs.get("device")
         if wanted is not None and torch.device(wanted) != _META:
             return torch.device(wanted)
-        return self.recording.device(recorded[0]) if recorded else self.device
+        if recorded:
+            return self.recording.device(recorded[0])
+        return next((t.device for t in given if t.device != _META), self.device)
 
     # -- random numbers ------------------------------------------------------------------
     def _draw(

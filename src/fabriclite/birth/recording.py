@@ -1,14 +1,20 @@
 """One recording: the tape, which live tensors are on it, and the random streams it draws from."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
+from weakref import ReferenceType, ref
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fabriclite import _torch
 from fabriclite.birth import replay
 from fabriclite.birth.streams import Stream
-from fabriclite.birth.tape import Op, Ref, Tape
+from fabriclite.birth.tape import Captured, Op, Ref, Tape
+
+_KEPT: Final = 1 << 20
+"""Bytes up to which a value that was asked for is kept, to be asked for again."""
 
 
 class Recording:
@@ -21,6 +27,7 @@ class Recording:
         self._watched: list[_torch.StorageWeakRef] = []  # by number; keeps a key from being used again
         self._done: set[int] = set()
         self._values: dict[int, tuple[int, torch.UntypedStorage]] = {}
+        self._loans: list[_Loan] = []
 
     # -- which tensors -------------------------------------------------------------
     def number(self, tensor: Tensor) -> int | None:
@@ -74,19 +81,68 @@ class Recording:
             stream.show()
 
     # -- values ----------------------------------------------------------------------
-    def value(self, tensor: Tensor) -> Tensor:
-        """A copy of what a recorded tensor would hold now. Works out just what that needs."""
-        ref = self.ref(tensor)
-        last = self.tape.last_op(ref.storage)
-        known = self._values.get(ref.storage)
+    def value(self, tensor: Tensor, shared: bool = False) -> Tensor:
+        """What a recorded tensor would hold now. Works out just what that needs.
+
+        ``shared``: tensors of one storage come in one storage, which is kept; else a copy.
+        """
+        self.take_back()
+        place = self.ref(tensor)
+        last = self.tape.last_op(place.storage)
+        known = self._values.get(place.storage)
         with replay.at_rest():
             if known is None or known[0] != last:
-                memory = replay.Replay(self.tape).memory_of([ref.storage])[ref.storage]
-                known = self._values[ref.storage] = (last, memory)
-            return replay.view(known[1], ref).clone()
+                memory = replay.Replay(self.tape).memory_of([place.storage])[place.storage]
+                known = (last, memory)
+                if shared or memory.nbytes() <= _KEPT:
+                    self._values[place.storage] = known
+            value = replay.view(known[1], place)
+            return value if shared else value.clone()
+
+    def lend(self, tensor: Tensor, value: Tensor, array: "np.ndarray[Any, Any]") -> None:
+        """Note that ``array`` shares the memory of ``value``, and as far as the user can see that of ``tensor``."""
+        self._loans.append(_Loan(self.ref(tensor), value, value.clone(), ref(array)))
+
+    def take_back(self) -> None:
+        """Note what was written into arrays that share memory with recorded tensors."""
+        loans, self._loans = self._loans, []
+        for loan in loans:
+            if not torch.equal(loan.value, loan.before):
+                loan.before = loan.value.clone()
+                self.tape.add(_given(len(self.tape.ops), loan.ref, Captured(loan.before)))
+        self._loans = [loan for loan in loans if loan.array() is not None]
 
     def add(self, op: Op) -> None:
         self.tape.add(op)
+        for loan in [loan for loan in self._loans if loan.ref.storage in op.writes]:
+            with replay.at_rest():
+                memory = replay.Replay(self.tape).memory_of([loan.ref.storage])[loan.ref.storage]
+                loan.value.copy_(replay.view(memory, loan.ref))
+                loan.before = loan.value.clone()
+
+
+@dataclass(slots=True, eq=False)
+class _Loan:
+    """A NumPy array over the memory of ``value``, which stands for the recorded tensor at ``ref``."""
+
+    ref: Ref
+    value: Tensor
+    before: Tensor
+    array: "ReferenceType[np.ndarray[Any, Any]]"
+
+
+def _given(index: int, target: Ref, value: Captured) -> Op:
+    """The operation that copies a real tensor into a recorded one."""
+    return Op(
+        index=index,
+        func=torch.ops.aten.copy_.default,
+        args=(target, value),
+        kwargs={},
+        reads=frozenset({target.storage}),
+        writes=frozenset({target.storage}),
+        creates=frozenset(),
+        outs=[target],
+    )
 
 
 def _default_generator(device: torch.device) -> torch.Generator:

@@ -231,6 +231,6 @@ class Tape:
             sources = {self._written(s, op.index, memo) for s in op.reads if s != storage}
             worst: Written = "no" if "no" in sources else "partly" if "partly" in sources else "fully"
             return worst
-        if state == "no" and op.name in facts.WRITES_PART:
+        if state == "no" and (op.name in facts.WRITES_PART or facts.of(op.func).into_out):
             return "partly"
         return state
