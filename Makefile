@@ -1,6 +1,7 @@
 # make run      train a small GPT on STRATEGY and DEVICES, then let it write some text
 # make check    everything a change has to pass: lint types test docs
 # make bench    what the library costs per step, next to its peers
+# make zoo      every transformers and timm model, recorded and materialised, against plain construction: minutes
 #
 # Every target makes its own virtual environment in .venv first, and only when it has to.
 
@@ -10,6 +11,8 @@ STRATEGY ?= fsdp
 DEVICES ?= $(if $(filter single_device,$(STRATEGY)),1,2)
 PRECISION ?= 32-true
 DATA ?=
+ZOO_JOBS ?= 2
+ZOO_ALL ?=
 OUT ?= runs/gpt-$(STRATEGY)-$(PRECISION)-$(DEVICES)
 
 VENV := .venv
@@ -27,7 +30,7 @@ export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint types docs check bench clean
+.PHONY: help run test lint types docs check bench zoo clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -63,6 +66,13 @@ $(VENV)/.stamp-bench: $(VENV)/.stamp-torch $(PINS)
 	$(INSTALL_SELF) '.[progress,deepspeed,bench]'
 	@touch $@
 
+# timm by itself: it would bring torchvision, of which the zoo holds a stand-in (zoo/torchvision_stub.py).
+$(VENV)/.stamp-zoo: $(VENV)/.stamp-torch $(PINS)
+	@echo "installing the models of the zoo ..."
+	$(INSTALL_SELF) '.[zoo]'
+	$(INSTALL) --no-deps timm
+	@touch $@
+
 # --- train, then generate ---
 
 run: $(VENV)/.stamp-$(if $(filter deepspeed%,$(STRATEGY)),deepspeed,run)
@@ -92,6 +102,9 @@ check: lint types test docs
 
 bench: $(VENV)/.stamp-bench
 	$(BIN)/python benchmarks/overhead.py
+
+zoo: $(VENV)/.stamp-zoo
+	$(BIN)/python -m zoo.run --jobs $(ZOO_JOBS) $(if $(ZOO_ALL),--all) --out docs/zoo.md
 
 clean:
 	rm -rf $(VENV) runs .coverage .coverage.* htmlcov .mypy_cache .pytest_cache .ruff_cache

@@ -109,7 +109,7 @@ class Recorder(_torch.DispatchMode):  # type: ignore[no-untyped-call]
         reads = frozenset(self.recording.ref(t).storage for t in recorded)
         writes = frozenset(self.recording.ref(t).storage for t in written)
         try:
-            result = func(*_on_tensors(args, _on_meta), **_for_meta(func, kwargs, bool(recorded)))
+            result = _without_values(func, args, kwargs, bool(recorded))
         except _NEEDS_VALUES:
             if not recorded:
                 raise
@@ -118,23 +118,10 @@ class Recorder(_torch.DispatchMode):  # type: ignore[no-untyped-call]
         if not any(isinstance(t, Tensor) for t in out) and not writes:
             return result if result is None else self._by_value(func, args, kwargs)
         device = self._device_of(args, kwargs, recorded)
-        creates, outs = set(), []
-        for item in out:
-            new = isinstance(item, Tensor) and self.recording.number(item) is None
-            ref = (
-                None
-                if not isinstance(item, Tensor)
-                else (self.recording.enter(item, device) if new else self.recording.ref(item))
-            )
-            outs.append(ref)
-            if new and ref is not None:
-                creates.add(ref.storage)
+        outs, creates = self._enter(out, device)
         if not writes and not creates:
             return result  # only another look at what is there
-        if not recorded and facts.of(func).has("dtype") and noted_kwargs.get("dtype") is None:
-            noted_kwargs["dtype"] = out[0].dtype  # the default dtype of now, not of replay
-        if facts.of(func).has("device") and (not recorded or noted_kwargs.get("device") is not None):
-            noted_kwargs["device"] = device
+        _freeze(func, noted_kwargs, out, device, bool(recorded))
         op = Op(
             index=len(self.recording.tape.ops),
             func=func,
@@ -142,7 +129,7 @@ class Recorder(_torch.DispatchMode):  # type: ignore[no-untyped-call]
             kwargs=noted_kwargs,
             reads=reads,
             writes=writes | creates,
-            creates=frozenset(creates),
+            creates=creates,
             outs=outs,
         )
         self._settle(op, written)
@@ -151,6 +138,21 @@ class Recorder(_torch.DispatchMode):  # type: ignore[no-untyped-call]
             op.draw = self._draw(op, target, args, kwargs, device if not written else self.recording.device(target))
         self.recording.add(op)
         return result
+
+    def _enter(self, out: list[Any], device: torch.device) -> tuple[list[Ref | None], frozenset[int]]:
+        """Where the results are, and which storages are new."""
+        outs: list[Ref | None] = []
+        creates = set()
+        for item in out:
+            if not isinstance(item, Tensor):
+                outs.append(None)
+            elif self.recording.knows(item):
+                outs.append(self.recording.ref(item))
+            else:
+                new = self.recording.enter(item, device)
+                creates.add(new.storage)
+                outs.append(new)
+        return outs, frozenset(creates)
 
     def _settle(self, op: Op, written: list[Tensor]) -> None:
         """Find out whether it overwrites all of its storage, reading none of it."""
@@ -237,6 +239,37 @@ class Recorder(_torch.DispatchMode):  # type: ignore[no-untyped-call]
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     places = [facts.argument(func, place, args, kwargs) for place in facts.of(func).written]
     return [t for t in flat(places) if isinstance(t, Tensor)]
+
+
+def _without_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], has_recorded: bool) -> Any:
+    """What ``func`` returns, on the meta device."""
+    if _only_fills(func, args):
+        return args[0]  # the meta kernels are Python, and import torch's compiler (1 s)
+    return func(*_on_tensors(args, _on_meta), **_for_meta(func, kwargs, has_recorded))
+
+
+def _freeze(func: Any, kwargs: dict[str, Any], out: list[Any], device: torch.device, has_recorded: bool) -> None:
+    """Write down what depends on the moment: the default dtype and device of now, not of replay."""
+    known = facts.of(func)
+    if not has_recorded and known.has("dtype") and kwargs.get("dtype") is None:
+        kwargs["dtype"] = out[0].dtype
+    if known.has("device") and (not has_recorded or kwargs.get("device") is not None):
+        kwargs["device"] = device
+
+
+def _only_fills(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether it fills its first argument, from arguments that need no check."""
+    name, numbers = facts.of(func).name, args[1:]
+    if not all(isinstance(number, int | float) for number in numbers):
+        return False
+    match name, numbers:
+        case ("zero_", ()) | ("fill_", (_,)) | ("normal_", ()) | ("normal_", (_,)) | ("uniform_", ()):
+            return True
+        case ("normal_", (_, std)):
+            return bool(std >= 0)
+        case ("uniform_", (low, high)):
+            return bool(low <= high)
+    return False
 
 
 def _on_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
