@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fabriclite import optim
+from fabriclite.birth.verify import Promise
 from fabriclite.errors import ConfigError, SetupOrderError
 from fabriclite.module import FabricModule, unwrap
 from fabriclite.strategy import Strategy
@@ -21,6 +22,7 @@ class Books:
         # A pane holds its module: held here by a strong reference it would keep both alive.
         self._panes: WeakKeyDictionary[nn.Module, weakref.ref[FabricModule]] = WeakKeyDictionary()
         self._bindings: WeakKeyDictionary[nn.Module, Mapping[int, optim.Binding]] = WeakKeyDictionary()
+        self._promises: WeakKeyDictionary[nn.Module, Promise] = WeakKeyDictionary()
         self._owners: WeakKeyDictionary[Optimizer, nn.Module] = WeakKeyDictionary()
 
     # -- checks ------------------------------------------------------------------
@@ -79,10 +81,11 @@ class Books:
         return found
 
     # -- entries -----------------------------------------------------------------
-    def enter_module(self, pane: FabricModule, bindings: Mapping[int, optim.Binding]) -> None:
+    def enter_module(self, pane: FabricModule, bindings: Mapping[int, optim.Binding], promise: Promise) -> None:
         module = unwrap(pane)
         self._panes[module] = weakref.ref(pane)
         self._bindings[module] = bindings
+        self._promises[module] = promise
 
     def enter_optimizer(self, optimizer: Optimizer, strategy: Strategy, owner: nn.Module | None = None) -> None:
         """Note whose optimizer it is, make it step current parameters, and scale its steps if the precision needs it.
@@ -117,6 +120,10 @@ class Books:
                 " Write model = fabric.setup(model) first."
             )
         return self._engine_behind(unwrap(module))
+
+    def promise(self, module: nn.Module) -> Promise:
+        """What a module was when it was set up."""
+        return self._promises[unwrap(module)]
 
     def engine_of(self, optimizer: Any) -> nn.Module:
         """The engine whose parameters ``optimizer`` steps.

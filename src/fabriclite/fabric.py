@@ -12,10 +12,12 @@ from torch.utils.data import DataLoader
 
 from fabriclite import _torch, arguments, collectives, optim, seed
 from fabriclite import data as loaders
+from fabriclite.birth import session, verify
 from fabriclite.birth.plan import enter
 from fabriclite.birth.settle import settled
+from fabriclite.birth.verify import Promise
 from fabriclite.books import Books
-from fabriclite.errors import ConfigError, SetupOrderError
+from fabriclite.errors import ConfigError, MaterializeError, SetupOrderError
 from fabriclite.launch import process_group, workers
 from fabriclite.launch.choose import Situation, choose
 from fabriclite.module import FabricModule
@@ -267,15 +269,48 @@ class Fabric:
         arguments.check_scheduler(scheduler, optimizers)
         module = _torch.compile_in_place(module)
         bindings = optim.bind(module)
-        engine, stepping = strategy.setup(module, optimizers, move_to_device)
+        with settled(module, strategy.home(move_to_device), strategy.precision, optimizers) as (module, births):
+            promise = Promise.of(module, births)
+            engine, stepping = strategy.setup(module, births, optimizers)
+            if strategy.sharded and births:
+                self._verify(engine, promise)
         pane = FabricModule(engine, strategy)
-        self._books.enter_module(pane, bindings)
+        self._books.enter_module(pane, bindings, promise)
         for before, after in zip(optimizers, stepping, strict=True):
             self._books.enter_optimizer(after, strategy, module)
             if scheduler is not None and scheduler.optimizer is before:
                 scheduler.optimizer = after
         result = [pane, *stepping] if scheduler is None else [pane, *stepping, scheduler]
         return tuple(result) if len(result) > 1 else pane
+
+    def verify(self, module: nn.Module) -> None:
+        """Check that a module that was set up holds what it should on every rank. Every rank must call this.
+
+        Looked for: tensors without memory, memory that was never written, replicas that differ between ranks, shards
+        of random values that are equal, ties that broke, dtypes that changed. :meth:`setup` does this by itself for
+        what ``init_module`` recorded and the strategy sharded. It reads every tensor twice, and writes none.
+
+        Args:
+            module: as :meth:`setup` returned it.
+
+        Raises:
+            SetupOrderError: it was not set up.
+            MaterializeError: something is wrong; every finding names the tensor and the cause.
+        """
+        engine = self._books.engine(module)
+        self._running.hand_out(engine)
+        self._verify(engine, self._books.promise(module))
+
+    def _verify(self, engine: nn.Module, promise: Promise) -> None:
+        looks = collectives.gather_objects(self._world, verify.look(self._running.local_parts(engine)))
+        user_module = self._running.user_module(engine)
+        found = verify.findings(promise, looks, verify.ties_of(user_module))
+        if found:
+            raise MaterializeError(
+                f"The {type(user_module).__name__} must hold the values that its code gives, on every rank, but:"
+                f" {'; '.join(found)}. Build it inside init_module, set it up, and change it only through what setup"
+                " returned."
+            )
 
     def setup_module(self, module: nn.Module, move_to_device: bool = True) -> Any:
         """Spread a module over the processes; make its optimizers after, and pass them to :meth:`setup_optimizers`."""
@@ -352,6 +387,7 @@ class Fabric:
                 f"`tensor` must be a Tensor to differentiate, but is {type(tensor).__name__}."
                 " Pass the loss itself, not loss.item() or a model's whole output."
             )
+        session.tidy()
         self._running.backward(None if model is None else self._books.engine(model), tensor, *args, **kwargs)
 
     def clip_gradients(

@@ -6,11 +6,14 @@ from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from fabriclite.birth.births import Births
 from fabriclite.birth.plan import InitPlan
+from fabriclite.birth.verify import Parts
 from fabriclite.precision import Precision, PrecisionName
 from fabriclite.world import World
 
@@ -26,6 +29,9 @@ class Strategy(ABC):
     *engine* is whatever ``setup`` returned for a module: the module itself, or a library's wrapper around it.
     """
 
+    sharded: ClassVar[bool]
+    """Whether ranks hold different parts of a parameter."""
+
     joint_setup: ClassVar[bool]
     """Whether ``setup`` needs the optimizers together with the module."""
 
@@ -40,10 +46,16 @@ class Strategy(ABC):
 
     # -- settle ------------------------------------------------------------
     @abstractmethod
+    def home(self, move_to_device: bool) -> torch.device | None:
+        """Where a module goes before it is spread; ``None`` leaves it where it is."""
+
+    @abstractmethod
     def setup(
-        self, module: nn.Module, optimizers: Sequence[Optimizer], move_to_device: bool
+        self, module: nn.Module, births: Births, optimizers: Sequence[Optimizer]
     ) -> tuple[nn.Module, list[Optimizer]]:
-        """Spread ``module`` over the world in place. Every rank must call this.
+        """Spread ``module`` over the world in place, and let ``births`` fill what has no memory.
+
+        Every rank must call this.
 
         Returns:
             The engine, and the optimizers to step with, in the order given. ``Fabric`` rewires their parameters.
@@ -52,6 +64,10 @@ class Strategy(ABC):
     @abstractmethod
     def user_module(self, engine: nn.Module) -> nn.Module:
         """The user's own module inside an engine."""
+
+    @abstractmethod
+    def local_parts(self, engine: nn.Module) -> Parts:
+        """This rank's part of every parameter and buffer."""
 
     @abstractmethod
     def hand_out(self, engine: nn.Module) -> None:

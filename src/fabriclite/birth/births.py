@@ -146,6 +146,19 @@ class Births:
     def _storages(self) -> list[int]:
         return list(dict.fromkeys(place.ref.storage for place in self.places))
 
+    def random_names(self) -> frozenset[str]:
+        """Parameters whose values were drawn one by one."""
+        if self._recording is None:
+            return frozenset()
+        tape = self._recording.tape
+        drawn = {
+            storage
+            for storage in self._storages()
+            for op in tape.needed([storage])
+            if op.draw is not None and storage in op.writes and (op.overwrites or storage in op.creates)
+        }
+        return frozenset(p.name for p in self.places if p.kind == "parameter" and p.ref.storage in drawn)
+
     # -- filling ---------------------------------------------------------------------------
     def fill(self, *, shards_on: torch.device | None = None, send: Send | None = None, first: bool = True) -> None:
         """Give every tensor its memory and values, and every module that holds one the same object as before.
@@ -222,6 +235,14 @@ class Births:
         for place in self.places:
             if place.kind == "attribute" and id(place.tensor) in new:
                 _replace(vars(place.owner), place.tensor, new[id(place.tensor)], _DEEP)
+
+
+def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters, then buffers, with every name a shared one has."""
+    return [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
 
 
 def has_memory(tensor: Tensor) -> bool:
@@ -304,7 +325,9 @@ def _replace(holder: Any, old: Tensor, new: Tensor | None, deep: int) -> None:
 
 def _goal(sharded: DTensor, ref: Ref, device: torch.device) -> Goal:
     box = shards.box(sharded)
-    return Goal(ref, box, torch.empty([length for _, length in box], dtype=ref.dtype, device=device))
+    out = torch.empty([length for _, length in box], dtype=ref.dtype, device=device)
+    replay.poison(out.untyped_storage())  # a value that is then not written is found by `verify`
+    return Goal(ref, box, out)
 
 
 def _digest_arguments(digest: Any, value: Any) -> None:

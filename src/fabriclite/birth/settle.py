@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fabriclite.birth import session
-from fabriclite.birth.births import Births
+from fabriclite.birth.births import Births, named_tensors
 from fabriclite.errors import MaterializeError
 from fabriclite.precision import Precision
 
@@ -52,14 +52,6 @@ def refuse_meta(module: nn.Module) -> None:
             f"{shown} must have a value, but {'is' if len(empty) == 1 else 'are'} on the meta device."
             " Build the module inside `with fabric.init_module():` instead of under `torch.device('meta')`."
         )
-
-
-def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters, then buffers, with every name a shared one has."""
-    return [
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    ]
 
 
 def _is_lazy(tensor: Tensor) -> bool:

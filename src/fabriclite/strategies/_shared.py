@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from fabriclite import _torch, gradients, optim, shards
-from fabriclite.birth.births import Births, has_memory
-from fabriclite.birth.settle import named_tensors
+from fabriclite.birth.births import Births, has_memory, named_tensors
+from fabriclite.birth.verify import Parts
 from fabriclite.collectives import broadcast_tensor_, gather_objects
 from fabriclite.errors import CheckpointError, MaterializeError
 from fabriclite.precision import Precision
@@ -75,6 +76,15 @@ def make_scaler(world: World, precision: Precision) -> GradScaler:
             dist.all_reduce(found, op=dist.ReduceOp.MAX)
 
     return _torch.LocalGradScaler(world.device.type, enabled=precision.needs_scaler, agree=agree, local=shards.local)
+
+
+def local_parts(module: nn.Module) -> Parts:
+    """This rank's part of every tensor of ``module``, and which part it is."""
+    return {
+        name: (shards.local(t), shards.box(t) if isinstance(t, DTensor) else tuple((0, n) for n in t.shape))
+        for name, t in named_tensors(module)
+        if not isinstance(t, nn.UninitializedParameter | nn.UninitializedBuffer)
+    }
 
 
 def clip_norm(

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fabriclite import _torch, optim_state
+from fabriclite.birth import replay
 from fabriclite.birth.births import Births
+from fabriclite.birth.verify import Parts
 from fabriclite.errors import CheckpointError
 from fabriclite.gradients import total_norm as local_norm
 from fabriclite.optim_state import MASTER
+from fabriclite.strategies import _shared
 from fabriclite.world import World
 
 # -- birth ------------------------------------------------------------------------------------------------------------
@@ -44,7 +47,7 @@ def partition_recorded(births: Births, document: Mapping[str, Any]) -> None:
         whole = cast(Any, param)
         size = converter._aligned_size(param)
         where = converter.local_device if whole.ds_persist else converter.remote_device
-        part = torch.zeros(size // dist.get_world_size(), dtype=param.dtype, device=where)
+        part = torch.empty(size // dist.get_world_size(), dtype=param.dtype, device=where)
         if torch.device(where).type == "cpu" and converter.pin_memory:
             part = part.pin_memory()
         part.ds_numel = part.numel()  # type: ignore[attr-defined]
@@ -52,8 +55,23 @@ def partition_recorded(births: Births, document: Mapping[str, Any]) -> None:
         part.final_location = None  # type: ignore[attr-defined]
         whole.ds_tensor, whole.ds_numel_aligned = part, size
         start = min(part.numel() * dist.get_rank(), whole.ds_numel)
+        replay.poison(part.untyped_storage())
+        part[max(0, whole.ds_numel - start) :].zero_()  # padding
         births.expect_flat(place, start, part[: max(0, min(part.numel(), whole.ds_numel - start))])
         whole.partition()
+
+
+def local_parts(module: nn.Module) -> Parts:
+    """This rank's part of every tensor: of a partitioned parameter a flat one, without its padding."""
+    parts = dict(_shared.local_parts(module))
+    for name, param in module.named_parameters(remove_duplicate=False):
+        whole = cast(Any, param)
+        if hasattr(param, "ds_id"):
+            each = whole.ds_tensor.numel()
+            start = min(each * dist.get_rank(), whole.ds_numel)
+            length = min(each, whole.ds_numel - start)
+            parts[name] = whole.ds_tensor[:length], ((start, length),)
+    return parts
 
 
 # -- gradients --------------------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from fabriclite import _torch, optim_state
+from fabriclite.birth.births import Births
 from fabriclite.birth.plan import Birth, InitPlan
-from fabriclite.birth.settle import settled
+from fabriclite.birth.verify import Parts
 from fabriclite.errors import SetupOrderError
 from fabriclite.precision import Precision
 from fabriclite.strategies import _shared
@@ -30,6 +31,7 @@ from fabriclite.world import World
 class DDP(Strategy):
     """The engine is torch's ``DistributedDataParallel``; a module without trainable parameters is its own engine."""
 
+    sharded: ClassVar[bool] = False
     joint_setup: ClassVar[bool] = False
 
     config: DDPStrategy
@@ -62,19 +64,21 @@ class DDP(Strategy):
         return InitPlan(birth=birth, device=self.world.device, dtype=self.precision.param_dtype)
 
     @override
+    def home(self, move_to_device: bool) -> torch.device | None:
+        return self.world.device if move_to_device else None
+
+    @override
     def setup(
-        self, module: nn.Module, optimizers: Sequence[Optimizer], move_to_device: bool
+        self, module: nn.Module, births: Births, optimizers: Sequence[Optimizer]
     ) -> tuple[nn.Module, list[Optimizer]]:
-        device = self.world.device if move_to_device else None
-        with settled(module, device, self.precision, optimizers) as (module, births):
-            _shared.fill(births, self.world)
+        _shared.fill(births, self.world)
         if not any(p.requires_grad for p in module.parameters()):  # DDP refuses these: there is nothing to average
             _shared.same_on_all_ranks(module, self.world)
             return module, list(optimizers)
         config = self.config
         engine = DistributedDataParallel(
             module,
-            device_ids=[self.world.device.index] if self.world.device.type == "cuda" and move_to_device else None,
+            device_ids=self._device_ids(module),
             **_torch.ddp_buffer_option(config.broadcast_buffers),
             find_unused_parameters=config.find_unused_parameters,
             static_graph=config.static_graph,
@@ -87,9 +91,19 @@ class DDP(Strategy):
         self.averaged[engine] = frozenset(id(p) for p in engine.parameters() if p.requires_grad)
         return engine, list(optimizers)
 
+    def _device_ids(self, module: nn.Module) -> list[int] | None:
+        """The device that DDP moves inputs to; none where the user placed the module."""
+        device = self.world.device
+        own = device.type == "cuda" and all(p.device == device for p in module.parameters())
+        return [device.index] if own and device.index is not None else None
+
     @override
     def user_module(self, engine: nn.Module) -> nn.Module:
         return cast(nn.Module, engine.module) if isinstance(engine, DistributedDataParallel) else engine
+
+    @override
+    def local_parts(self, engine: nn.Module) -> Parts:
+        return _shared.local_parts(self.user_module(engine))
 
     @override
     def hand_out(self, engine: nn.Module) -> None:

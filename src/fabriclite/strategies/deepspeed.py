@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from fabriclite import _torch, gradients
+from fabriclite.birth.births import Births
 from fabriclite.birth.plan import Birth, InitPlan
-from fabriclite.birth.settle import settled
+from fabriclite.birth.verify import Parts
 from fabriclite.errors import ConfigError, SetupOrderError
 from fabriclite.launch.environment import prepare_for_deepspeed
 from fabriclite.precision import Precision
@@ -35,6 +36,7 @@ _BUCKET = 200_000_000
 class DeepSpeed(Strategy):
     """The engine is ``DeepSpeedEngine``; a module without an optimizer (a frozen teacher) is its own engine."""
 
+    sharded: ClassVar[bool] = True
     joint_setup: ClassVar[bool] = True
 
     config: DeepSpeedStrategy
@@ -67,19 +69,22 @@ class DeepSpeed(Strategy):
         return InitPlan(birth=birth, device=self.world.device, dtype=self.precision.param_dtype)
 
     @override
+    def home(self, move_to_device: bool) -> torch.device | None:
+        return self.world.device
+
+    @override
     def setup(
-        self, module: nn.Module, optimizers: Sequence[Optimizer], move_to_device: bool
+        self, module: nn.Module, births: Births, optimizers: Sequence[Optimizer]
     ) -> tuple[nn.Module, list[Optimizer]]:
         self._check_optimizers(optimizers)
-        with settled(module, self.world.device, self.precision, optimizers) as (module, births):
-            document = engine_config(self.config, self.precision, sum(p.numel() for p in module.parameters()))
-            if optimizers and self.config.stage == 3 and births:
-                same = _shared.agree(births, self.world)
-                _zero.partition_recorded(births, document)
-                _shared.fill_agreed(births, self.world, same)
-            else:
-                _shared.fill(births, self.world)
-            _shared.same_on_all_ranks(module, self.world)
+        document = engine_config(self.config, self.precision, sum(p.numel() for p in module.parameters()))
+        if optimizers and self.config.stage == 3 and births:
+            same = _shared.agree(births, self.world)
+            _zero.partition_recorded(births, document)
+            _shared.fill_agreed(births, self.world, same)
+        else:
+            _shared.fill(births, self.world)
+        _shared.same_on_all_ranks(module, self.world)
         if not optimizers:
             return module, []
         names = {id(p): name for name, p in module.named_parameters()}
@@ -107,6 +112,10 @@ class DeepSpeed(Strategy):
     @override
     def user_module(self, engine: nn.Module) -> nn.Module:
         return cast(nn.Module, engine.module) if engine in self.engines else engine
+
+    @override
+    def local_parts(self, engine: nn.Module) -> Parts:
+        return _zero.local_parts(self.user_module(engine))
 
     @override
     def hand_out(self, engine: nn.Module) -> None:

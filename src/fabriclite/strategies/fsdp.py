@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from fabriclite import optim_state
+from fabriclite.birth.births import Births
 from fabriclite.birth.plan import Birth, InitPlan
-from fabriclite.birth.settle import settled
+from fabriclite.birth.verify import Parts
 from fabriclite.precision import Precision
 from fabriclite.strategies import _fully_shard, _shared
 from fabriclite.strategies.configs import FSDPStrategy
@@ -28,6 +29,7 @@ from fabriclite.world import World
 class FSDP(Strategy):
     """The module itself is the engine; ``fully_shard`` hooks it in place."""
 
+    sharded: ClassVar[bool] = True
     joint_setup: ClassVar[bool] = False
 
     config: FSDPStrategy
@@ -58,29 +60,35 @@ class FSDP(Strategy):
         return InitPlan(birth=birth, device=self.world.device, dtype=self.precision.param_dtype)
 
     @override
+    def home(self, move_to_device: bool) -> torch.device | None:
+        return None  # fully_shard moves one group at a time
+
+    @override
     def setup(
-        self, module: nn.Module, optimizers: Sequence[Optimizer], move_to_device: bool
+        self, module: nn.Module, births: Births, optimizers: Sequence[Optimizer]
     ) -> tuple[nn.Module, list[Optimizer]]:
-        # not moved: fully_shard does that, one group at a time
-        with settled(module, None, self.precision, optimizers) as (module, births):
-            same = _shared.agree(births, self.world)
-            _shared.same_on_all_ranks(module, self.world)
-            _fully_shard.apply(
-                module,
-                self.mesh,
-                precision=self.precision,
-                policy=self.config.auto_wrap_policy,
-                reshard_after_forward=self.config.reshard_after_forward,
-                cpu_offload=self.config.cpu_offload,
-            )
-            host = torch.device("cpu") if self.config.cpu_offload else None
-            _shared.fill_agreed(births, self.world, same, shards_on=host)
-            _fully_shard.make_root(module)
+        same = _shared.agree(births, self.world)
+        _shared.same_on_all_ranks(module, self.world)
+        _fully_shard.apply(
+            module,
+            self.mesh,
+            precision=self.precision,
+            policy=self.config.auto_wrap_policy,
+            reshard_after_forward=self.config.reshard_after_forward,
+            cpu_offload=self.config.cpu_offload,
+        )
+        host = torch.device("cpu") if self.config.cpu_offload else None
+        _shared.fill_agreed(births, self.world, same, shards_on=host)
+        _fully_shard.make_root(module)
         return module, list(optimizers)
 
     @override
     def user_module(self, engine: nn.Module) -> nn.Module:
         return engine
+
+    @override
+    def local_parts(self, engine: nn.Module) -> Parts:
+        return _shared.local_parts(self.user_module(engine))
 
     @override
     def hand_out(self, engine: nn.Module) -> None:

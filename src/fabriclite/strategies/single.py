@@ -5,14 +5,16 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, final
 
+import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from fabriclite import optim_state
+from fabriclite.birth.births import Births
 from fabriclite.birth.plan import Birth, InitPlan
-from fabriclite.birth.settle import settled
+from fabriclite.birth.verify import Parts
 from fabriclite.precision import Precision
 from fabriclite.strategies import _shared
 from fabriclite.strategy import Finish, Strategy
@@ -24,6 +26,7 @@ from fabriclite.world import World
 class SingleDevice(Strategy):
     """The module itself is the engine."""
 
+    sharded: ClassVar[bool] = False
     joint_setup: ClassVar[bool] = False
 
     world: World
@@ -40,17 +43,23 @@ class SingleDevice(Strategy):
         return InitPlan(birth=birth, device=self.world.device, dtype=self.precision.param_dtype)
 
     @override
+    def home(self, move_to_device: bool) -> torch.device | None:
+        return self.world.device if move_to_device else None
+
+    @override
     def setup(
-        self, module: nn.Module, optimizers: Sequence[Optimizer], move_to_device: bool
+        self, module: nn.Module, births: Births, optimizers: Sequence[Optimizer]
     ) -> tuple[nn.Module, list[Optimizer]]:
-        device = self.world.device if move_to_device else None
-        with settled(module, device, self.precision, optimizers) as (module, births):
-            births.fill()
+        births.fill()
         return module, list(optimizers)
 
     @override
     def user_module(self, engine: nn.Module) -> nn.Module:
         return engine
+
+    @override
+    def local_parts(self, engine: nn.Module) -> Parts:
+        return _shared.local_parts(self.user_module(engine))
 
     @override
     def hand_out(self, engine: nn.Module) -> None:

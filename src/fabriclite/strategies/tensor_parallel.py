@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from fabriclite import optim_state
+from fabriclite.birth.births import Births
 from fabriclite.birth.plan import Birth, InitPlan
-from fabriclite.birth.settle import settled
+from fabriclite.birth.verify import Parts
 from fabriclite.errors import ConfigError
 from fabriclite.precision import Precision
 from fabriclite.strategies import _fully_shard, _shared, tp_plan
@@ -32,6 +33,7 @@ from fabriclite.world import World
 class TensorParallel(Strategy):
     """The module itself is the engine; its parameters become ``DTensor`` in place."""
 
+    sharded: ClassVar[bool] = True
     joint_setup: ClassVar[bool] = False
 
     config: ModelParallelStrategy
@@ -61,30 +63,32 @@ class TensorParallel(Strategy):
         return InitPlan(birth=birth, device=self.world.device, dtype=self.precision.param_dtype)
 
     @override
+    def home(self, move_to_device: bool) -> torch.device | None:
+        return self.world.device if move_to_device else None
+
+    @override
     def setup(
-        self, module: nn.Module, optimizers: Sequence[Optimizer], move_to_device: bool
+        self, module: nn.Module, births: Births, optimizers: Sequence[Optimizer]
     ) -> tuple[nn.Module, list[Optimizer]]:
-        device = self.world.device if move_to_device else None
-        with settled(module, device, self.precision, optimizers) as (module, births):
-            same = _shared.agree(births, self.world)
-            _shared.same_on_all_ranks(module, self.world)
-            self._same_random_stream()
-            ties = tp_plan.tied_names(module)
-            module = self._parallelize(module)
-            _retie(module, ties)
-            shard = self.mesh.size(0) > 1 and not _fully_shard.is_sharded(module)
-            if shard:
-                _fully_shard.apply(
-                    module,
-                    self.mesh["data_parallel"],
-                    precision=self.precision,
-                    policy=self.config.auto_wrap_policy,
-                    reshard_after_forward=self.config.reshard_after_forward,
-                    cpu_offload=False,
-                )
-            _shared.fill_agreed(births, self.world, same)
-            if shard:
-                _fully_shard.make_root(module)
+        same = _shared.agree(births, self.world)
+        _shared.same_on_all_ranks(module, self.world)
+        self._same_random_stream()
+        ties = tp_plan.tied_names(module)
+        module = self._parallelize(module)
+        _retie(module, ties)
+        shard = self.mesh.size(0) > 1 and not _fully_shard.is_sharded(module)
+        if shard:
+            _fully_shard.apply(
+                module,
+                self.mesh["data_parallel"],
+                precision=self.precision,
+                policy=self.config.auto_wrap_policy,
+                reshard_after_forward=self.config.reshard_after_forward,
+                cpu_offload=False,
+            )
+        _shared.fill_agreed(births, self.world, same)
+        if shard:
+            _fully_shard.make_root(module)
         return module, list(optimizers)
 
     def _parallelize(self, module: nn.Module) -> nn.Module:
@@ -118,6 +122,10 @@ class TensorParallel(Strategy):
     @override
     def user_module(self, engine: nn.Module) -> nn.Module:
         return engine
+
+    @override
+    def local_parts(self, engine: nn.Module) -> Parts:
+        return _shared.local_parts(self.user_module(engine))
 
     @override
     def hand_out(self, engine: nn.Module) -> None:
