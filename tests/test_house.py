@@ -89,7 +89,7 @@ OWNERS = [
     ("torch.load(", ("checkpoint",)),
     ("torch.save(", ("checkpoint",)),
     ("init_process_group", ("launch.process_group",)),
-    ("fully_shard(", ("strategies._fully_shard",)),
+    ("partial(fully_shard", ("strategies._fully_shard",)),
     ("MixedPrecisionPolicy(", ("strategies._fully_shard",)),
     ("torch.autocast(", ("strategies._shared",)),
 ]

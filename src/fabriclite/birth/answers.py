@@ -59,8 +59,9 @@ class Answers(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
-        if func is _SET_DATA and self._recording.knows(args[1]) and not self._recording.knows(first):
-            return _torch.become(args[0], args[1])  # an empty tensor, which is real, gets its content
+        if func == _SET_DATA and self._recording.knows(first) != self._recording.knows(args[1]):
+            # a recorded tensor gets real memory, or an empty one, which is real, a recorded content
+            return _torch.become(args[0], args[1])
         if isinstance(first, Tensor) and not isinstance(first, _UNBUILT) and self._recording.knows(first):
             answer = self._of(first, func, args, kwargs)
             if answer is not NotImplemented:

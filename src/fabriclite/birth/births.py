@@ -66,6 +66,7 @@ class Births:
     def __init__(self, recording: Recording | None, places: Sequence[Place]) -> None:
         self._recording = recording
         self.places = list(places)
+        self._by_id = {id(place.tensor): place for place in self.places}
         self._flat: list[Goal] = []
 
     @classmethod
@@ -206,10 +207,9 @@ class Births:
         self._rename()
         self._recording.close({p.ref.storage for p in self.places})
 
-    def unfilled(self, kind: Kind) -> list[Place]:
-        """Places of a kind, one for each tensor, that :meth:`fill` would fill."""
-        found = {id(p.tensor): p for p in reversed(self.places) if p.kind == kind and not has_memory(p.tensor)}
-        return list(reversed(found.values()))
+    def place_of(self, tensor: Tensor) -> Place | None:
+        """Where a tensor is held that :meth:`fill` would fill; ``None`` for a real one."""
+        return None if has_memory(tensor) else self._by_id.get(id(tensor))
 
     def device_of(self, place: Place) -> torch.device:
         """Where its tensor would be."""

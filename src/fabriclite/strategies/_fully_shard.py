@@ -1,10 +1,15 @@
 """``fully_shard`` as FSDP and two-dimensional tensor parallel use it."""
 
+import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from weakref import WeakSet
 
-from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -13,8 +18,10 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor
 
 from fabriclite import _torch
+from fabriclite.birth.births import has_memory
 from fabriclite.precision import Precision
 from fabriclite.strategies.configs import WrapPolicy
 from fabriclite.strategies.wrapping import wrap_units
@@ -34,25 +41,94 @@ def apply(
 
     Parameters without memory are sharded as well; give them memory, then call :func:`make_root`.
     """
-    mixed = mixed_precision(precision)
     # Pinned memory needs an accelerator to copy to.
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
+    alone = set(scalars(module))
+    shard = partial(
+        fully_shard,
+        mesh=mesh,
+        reshard_after_forward=reshard_after_forward,
+        offload_policy=offload,
+        ignored_params=alone,
+    )
+    _lay_out_in_rows(module)
+    for param in alone:
+        if has_memory(param):
+            param.data = param.data.to(mesh.device_type)
+    mixed = mixed_precision(precision)
     if precision.mixed:
         for norm in [sub for sub in module.modules() if isinstance(sub, nn.modules.batchnorm._BatchNorm)]:
-            # Its running statistics are float32, and torch's kernel takes parameters of their dtype only.
-            fully_shard(norm, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=offload)
+            shard(norm)  # its running statistics are float32, and torch's kernel takes parameters of their dtype only
+    for sub in _of_other_dtype(module, alone):
+        if not isinstance(sub, FSDPModule):
+            shard(sub, mp_policy=mixed)  # a group is gathered as one tensor of one dtype
     for name in wrap_units(module, policy):
         unit = module.get_submodule(name)
         if not isinstance(unit, FSDPModule):
-            fully_shard(
-                unit, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=mixed, offload_policy=offload
-            )
-    fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=mixed, offload_policy=offload)
+            shard(unit, mp_policy=mixed)
+    shard(module, mp_policy=mixed)
 
 
-def make_root(module: nn.Module) -> None:
-    """Settle that ``module`` is the root. Afterwards its parameters' memory may not be exchanged."""
+def scalars(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters without dimensions, which cannot be cut: every rank keeps them whole."""
+    return [p for p in module.parameters() if p.dim() == 0 and not isinstance(p, DTensor)]
+
+
+def _lay_out_in_rows(module: nn.Module) -> None:
+    """Parameters are cut along their first dimension, which ``fully_shard`` wants to be the outermost in memory too."""
+    for param in module.parameters():
+        if not isinstance(param, DTensor) and not param.is_contiguous():
+            if has_memory(param):
+                param.data = param.data.contiguous()
+            else:  # only the layout: its values are written later
+                _torch.become(param, torch.empty(param.shape, dtype=param.dtype, device=param.device))
+
+
+def _of_other_dtype(module: nn.Module, alone: set[nn.Parameter]) -> list[nn.Module]:
+    """Submodules whose own parameters are of one dtype, other than that of most."""
+    sizes: Counter[torch.dtype] = Counter()
+    for param in module.parameters():
+        sizes[param.dtype] += param.numel()
+    own = {
+        sub: {p.dtype for p in sub.parameters(recurse=False) if p not in alone}
+        for sub in module.modules()
+        if sub is not module
+    }
+    return [sub for sub, dtypes in own.items() if len(dtypes) == 1 and dtypes != {sizes.most_common(1)[0][0]}]
+
+
+def make_root(module: nn.Module, mesh: DeviceMesh, paused: "WeakSet[nn.Module]") -> None:
+    """Settle that ``module`` is the root. Afterwards its parameters' memory may not be exchanged.
+
+    Args:
+        module: what :func:`apply` sharded.
+        mesh: as there.
+        paused: see :func:`no_sync`.
+    """
+    for param in scalars(module):
+        if param.requires_grad:
+            param.register_post_accumulate_grad_hook(_Average(mesh, module, paused))  # type: ignore[no-untyped-call]
     _torch.fsdp_make_root(module)
+
+
+class _Average:
+    """Makes the gradient of a parameter that every rank holds whole the mean over the mesh, as FSDP does for others.
+
+    A gradient that was averaged before, and to which a rank then added, comes out right too: the mean of equals is
+    themselves.
+    """
+
+    def __init__(self, mesh: DeviceMesh, root: nn.Module, paused: "WeakSet[nn.Module]") -> None:
+        self._mesh = mesh
+        self._root = weakref.ref(root)
+        self._paused = paused
+
+    def __call__(self, param: Tensor) -> None:
+        if self._root() in self._paused or param.grad is None:
+            return
+        for group in self._mesh.get_all_groups():
+            dist.all_reduce(param.grad, group=group)
+        param.grad /= self._mesh.size()
 
 
 def mixed_precision(precision: Precision) -> MixedPrecisionPolicy:

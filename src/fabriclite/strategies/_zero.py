@@ -24,40 +24,44 @@ from fabriclite.world import World
 # -- birth ------------------------------------------------------------------------------------------------------------
 
 
-def partition_recorded(births: Births, document: Mapping[str, Any]) -> None:
-    """Make every recorded parameter one of ZeRO-3 whose partition is to be filled. Every rank must call this.
+def partition_all(module: nn.Module, births: Births, document: Mapping[str, Any]) -> None:
+    """Make every parameter of ``module`` one of ZeRO-3: real ones cut, recorded ones with a part that is to be filled.
 
-    ``deepspeed.zero.Init`` gives the parameters their methods. Its way to partition them wants the whole parameter in
-    memory and sends it from rank 0; so the partition is made here, in the form in which DeepSpeed 0.18 and 0.19 leave
-    it, and its ``partition`` finds nothing left to do but to let go of the whole.
+    ``deepspeed.zero.Init`` gives the parameters their methods. Its way to partition them wants each as a whole in
+    memory and sends it from rank 0; so the part is made here, in the form in which DeepSpeed 0.18 and 0.19 leave it,
+    and its ``partition`` finds nothing left to do but to let go of the whole.
 
     Args:
-        births: of the module, its parameters still without memory.
-        document: the engine's JSON; it says where partitions live.
+        module: real parameters are the same on all ranks.
+        births: of the module.
+        document: the engine's JSON; it says where parts live.
     """
     import deepspeed
 
     converter = deepspeed.zero.Init(config_dict_or_path=dict(document))
-    for place in births.unfilled("parameter"):
-        param = place.tensor
-        device = births.device_of(place)
-        nothing = torch.empty((), dtype=param.dtype, device=device).expand(param.shape)
-        _torch.become(param, nothing)
+    available = deepspeed.runtime.zero.partition_parameters.PartitionedParamStatus.AVAILABLE
+    for param in module.parameters():
+        place, values = births.place_of(param), param.detach()
+        if place is not None:
+            nothing = torch.empty((), dtype=param.dtype, device=births.device_of(place))
+            _torch.become(param, nothing.expand(param.shape))
         converter._convert_to_deepspeed_param(param)
         whole = cast(Any, param)
         size = converter._aligned_size(param)
         where = converter.local_device if whole.ds_persist else converter.remote_device
-        part = torch.empty(size // dist.get_world_size(), dtype=param.dtype, device=where)
-        if torch.device(where).type == "cpu" and converter.pin_memory:
+        part: Any = torch.empty(size // dist.get_world_size(), dtype=param.dtype, device=where)
+        replay.poison(part.untyped_storage())
+        if part.device.type == "cpu" and converter.pin_memory:
             part = part.pin_memory()
-        part.ds_numel = part.numel()  # type: ignore[attr-defined]
-        part.status = deepspeed.runtime.zero.partition_parameters.PartitionedParamStatus.AVAILABLE  # type: ignore[attr-defined]
-        part.final_location = None  # type: ignore[attr-defined]
+        part.ds_numel, part.status, part.final_location = part.numel(), available, None
         whole.ds_tensor, whole.ds_numel_aligned = part, size
         start = min(part.numel() * dist.get_rank(), whole.ds_numel)
-        replay.poison(part.untyped_storage())
-        part[max(0, whole.ds_numel - start) :].zero_()  # padding
-        births.expect_flat(place, start, part[: max(0, min(part.numel(), whole.ds_numel - start))])
+        length = min(part.numel(), whole.ds_numel - start)
+        part[length:].zero_()  # padding
+        if place is None:
+            part[:length].copy_(values.reshape(-1)[start : start + length])
+        else:
+            births.expect_flat(place, start, part[:length])
         whole.partition()
 
 

@@ -77,14 +77,13 @@ class DeepSpeed(Strategy):
         self, module: nn.Module, births: Births, optimizers: Sequence[Optimizer]
     ) -> tuple[nn.Module, list[Optimizer]]:
         self._check_optimizers(optimizers)
+        _check_dtypes(module)
         document = engine_config(self.config, self.precision, sum(p.numel() for p in module.parameters()))
-        if optimizers and self.config.stage == 3 and births:
-            same = _shared.agree(births, self.world)
-            _zero.partition_recorded(births, document)
-            _shared.fill_agreed(births, self.world, same)
-        else:
-            _shared.fill(births, self.world)
+        same = _shared.agree(births, self.world)
         _shared.same_on_all_ranks(module, self.world)
+        if optimizers and self.config.stage == 3:
+            _zero.partition_all(module, births, document)
+        _shared.fill_agreed(births, self.world, same)
         if not optimizers:
             return module, []
         names = {id(p): name for name, p in module.named_parameters()}
@@ -274,6 +273,16 @@ class EngineOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.engine.optimizer.zero_grad()
         self.unstepped.discard(self.engine)
+
+
+def _check_dtypes(module: nn.Module) -> None:
+    """Raise for trainable parameters that DeepSpeed's float32 masters would round or cut."""
+    for name, param in module.named_parameters():
+        if param.requires_grad and param.dtype in (torch.float64, torch.complex64, torch.complex128, torch.complex32):
+            raise ConfigError(
+                f"With DeepSpeedStrategy trainable parameters must be of at most float32, but {name} is {param.dtype},"
+                " which its float32 copy would not hold. Cast it, freeze it, or use another strategy."
+            )
 
 
 @contextmanager

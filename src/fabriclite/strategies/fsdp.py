@@ -79,7 +79,7 @@ class FSDP(Strategy):
         )
         host = torch.device("cpu") if self.config.cpu_offload else None
         _shared.fill_agreed(births, self.world, same, shards_on=host)
-        _fully_shard.make_root(module)
+        _fully_shard.make_root(module, self.mesh, self.paused)
         return module, list(optimizers)
 
     @override

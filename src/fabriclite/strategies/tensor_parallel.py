@@ -88,7 +88,7 @@ class TensorParallel(Strategy):
             )
         _shared.fill_agreed(births, self.world, same)
         if shard:
-            _fully_shard.make_root(module)
+            _fully_shard.make_root(module, self.mesh["data_parallel"], self.paused)
         return module, list(optimizers)
 
     def _parallelize(self, module: nn.Module) -> nn.Module:
