@@ -312,21 +312,27 @@ def trunc_normal_of_torch() -> Callable[..., Tensor]:
 
 
 @contextmanager
-def replaced(trunc_normal: Callable[..., Tensor], get_rng_state: Callable[[], Tensor]) -> Iterator[None]:
-    """Within it, torch calls these two instead of its own.
+def replaced(trunc_normal: Callable[..., Tensor], before_rng_state: Callable[[], None]) -> Iterator[None]:
+    """Within it, torch calls ``trunc_normal`` for its own, and ``before_rng_state`` before it gives a random state.
 
     ``torch.nn.init._no_grad_trunc_normal_`` cannot be seen by a mode and does nothing on meta tensors.
-    ``torch.get_rng_state`` (also where ``fork_rng`` finds it) asks the generator's own, which cannot be seen either.
+    ``get_rng_state`` (also where ``fork_rng`` finds it) asks the generator's own, which cannot be seen either.
     """
-    places: list[tuple[Any, str, Any]] = [
-        (nn.init, "_no_grad_trunc_normal_", trunc_normal),
-        (torch, "get_rng_state", get_rng_state),
-        (torch.random, "get_rng_state", get_rng_state),
-    ]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
+
+    def showing(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def get_rng_state(*args: Any, **kwargs: Any) -> Tensor:
+            before_rng_state()
+            return own(*args, **kwargs)
+
+        return get_rng_state
+
+    owners: list[Any] = [torch, torch.random, torch.cuda, torch.cuda.random]
+    before = [(owner, "get_rng_state", owner.get_rng_state) for owner in owners]
+    before.append((nn.init, "_no_grad_trunc_normal_", nn.init._no_grad_trunc_normal_))
     try:
-        for owner, name, function in places:
-            setattr(owner, name, function)
+        for owner in owners:
+            owner.get_rng_state = showing(owner.get_rng_state)
+        nn.init._no_grad_trunc_normal_ = trunc_normal
         yield
     finally:
         for owner, name, function in before:

@@ -133,7 +133,10 @@ class Births:
         # Vector code of another width, or another number of threads in a factorisation, gives other last bits.
         digest.update(repr((torch.__version__, torch.backends.cpu.get_cpu_capability())).encode())
         streams: dict[int, int] = {}
-        for op in self._recording.tape.needed(self._storages()):
+        ops = self._recording.tape.needed(self._storages())
+        if any(op.name.startswith("linalg_") for op in ops):
+            digest.update(repr(torch.get_num_threads()).encode())
+        for op in ops:
             digest.update(repr((str(op.func), op.outs)).encode())
             _digest_arguments(digest, (op.args, sorted(op.kwargs.items())))
             if isinstance(op.draw, At):

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from fabriclite import _torch
 from fabriclite.birth import draws, truncated
@@ -52,19 +51,15 @@ def recording(device: torch.device) -> Iterator[None]:
         return
     _stop_after()
     draws.trusted()
+    truncated.by_rejection()
     if _Now.recording is None:
         _Now.recording = Recording()
     here = _Now.recording
     modes = _Modes.of(here, device, makes=True)
-    own_get_rng_state = torch.get_rng_state
-
-    def get_rng_state() -> Tensor:
-        here.show_streams()
-        return own_get_rng_state()
-
     _Now.recorder = modes.recorder
     try:
-        with _torch.replaced(truncated.for_recorded(modes.recorder), get_rng_state), modes.recorder, modes.answers:
+        trunc_normal = truncated.for_recorded(modes.recorder)
+        with _torch.replaced(trunc_normal, here.show_streams), modes.recorder, modes.answers:
             yield
     finally:
         _Now.recorder = None

@@ -6,6 +6,7 @@ those that were inside. So the value of an element is its first draw that is ins
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -34,7 +35,7 @@ def for_recorded(recorder: Recorder) -> Callable[..., Tensor]:
     ) -> Tensor:
         with _torch.raw():
             recorded = recording.knows(tensor)
-        if not recorded:
+        if not recorded or not by_rejection():
             return MACRO.run(tensor, mean, std, a, b, generator=generator)  # type: ignore[no-any-return]
         if min(b - mean, mean - a) > _NEVER * std > 0:
             with torch.no_grad():  # nothing is ever outside: the same as
@@ -66,14 +67,16 @@ def in_parts(tensor: Any, mean: float, std: float, a: float, b: float) -> bool:
     """Whether :func:`fill_part` draws what torch draws. ``tensor`` tells dtype, number of elements and layout."""
     contiguous = tensor.is_contiguous() if isinstance(tensor, Tensor) else tensor.contiguous
     numel = tensor.numel() if isinstance(tensor, Tensor) else tensor.numel
-    if std <= 0 or not contiguous or not draws.by_parts("normal", numel, tensor.dtype) or not _by_rejection():
+    if std <= 0 or not contiguous or not draws.by_parts("normal", numel, tensor.dtype):
         return False
     inside = (math.erf((b - mean) / std / math.sqrt(2)) - math.erf((a - mean) / std / math.sqrt(2))) / 2
     return inside > _RESAMPLES_FROM
 
 
-def _by_rejection() -> bool:
-    """Whether the running torch rejects and draws again; up to 2.11 it transforms uniforms instead."""
+@cache
+def by_rejection() -> bool:
+    """Whether the running torch rejects and draws again, as this file says; up to 2.11 it transforms uniforms, step by
+    step without a look at a value, which are then recorded as they are."""
     generator, whole = torch.Generator().manual_seed(3), torch.empty(64, device="cpu")
     before = generator.get_state()
     with torch.no_grad():
