@@ -302,9 +302,13 @@ class Fabric:
         self._verify(engine, self._books.promise(module))
 
     def _verify(self, engine: nn.Module, promise: Promise) -> None:
-        looks = collectives.gather_objects(self._world, verify.look(self._running.local_parts(engine)))
-        user_module = self._running.user_module(engine)
-        found = verify.findings(promise, looks, verify.ties_of(user_module))
+        user_module, parts = self._running.user_module(engine), self._running.local_parts(engine)
+        if len(set(collectives.gather_objects(self._world, verify.names_digest(parts)))) > 1:
+            found = ["its parameters or buffers have other names on some ranks"]
+        else:
+            looks = collectives.all_gather(self._world, verify.look(parts).to(self.device))
+            dtypes = {name: tensor.dtype for name, (tensor, _) in parts.items()}
+            found = verify.findings(promise, list(parts), looks, verify.ties_of(user_module), dtypes)
         if found:
             raise MaterializeError(
                 f"The {type(user_module).__name__} must hold the values that its code gives, on every rank, but:"

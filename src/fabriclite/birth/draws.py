@@ -27,6 +27,8 @@ _HALF: Final = (torch.bfloat16, torch.float16)
 _BLOCK: Final = 16
 """``normal_`` makes 16 values from 16 numbers at once."""
 _LARGEST_SHUFFLE: Final = 10**7
+_NARROW: Final = 2**28
+"""Ranges of whole numbers from which on some dtypes take two numbers per value."""
 
 
 def kind_of(name: str) -> Kind | None:
@@ -47,7 +49,7 @@ def count(name: str, overload: str, out: Tensor, args: tuple[Any, ...], keeps_a_
         return _count(kind, out, keeps_a_normal)
     if name == "randint" and overload in ("default", "low"):
         low, high = (0, args[0]) if overload == "default" else (args[0], args[1])
-        return out.numel() * (1 if high - low < 2**32 else 2)
+        return out.numel() if high - low < _NARROW else None
     if name == "randperm" and out.numel() < _LARGEST_SHUFFLE:
         return max(out.numel() - 1, 0)
     return None

@@ -193,4 +193,8 @@ def poisoned(memory: UntypedStorage, ref: Ref) -> bool:
         return False
     values = view(memory, ref)
     values = torch.view_as_real(values) if ref.dtype.is_complex else values
-    return bool((values.view(_WHOLE[size]) == _POISON[size]).any())
+    whole = values.view(_WHOLE[size])
+    # As signed numbers only NaNs of larger payload are above: one pass, and no memory, for nearly every tensor.
+    if whole.numel() == 0 or int(whole.amax()) < _POISON[size]:
+        return False
+    return bool((whole == _POISON[size]).any())

@@ -19,6 +19,8 @@ from fabriclite.birth import twister
 _HIDDEN_SEED: Final = 0x5EED_FAB1_11CE
 """Seeds what a generator holds while its true place is kept here. Any other state was set by the user's code."""
 
+_HIDDEN_OFFSET: Final = 1 << 60
+
 
 @dataclass(frozen=True, slots=True)
 class At:
@@ -58,6 +60,8 @@ class Stream:
             twister.advanced if generator.device.type == "cpu" else _philox_advanced
         )
         self._hidden_state = torch.Generator(generator.device).manual_seed(_HIDDEN_SEED).get_state()
+        if generator.device.type != "cpu":  # seed and offset are all there is: an offset that nobody reaches
+            self._hidden_state = _philox_advanced(self._hidden_state, _HIDDEN_OFFSET)
         self._epochs: list[tuple[list[int], list[Tensor]]] = []
         self._hidden = False
         self._offset = 0
@@ -82,6 +86,7 @@ class Stream:
             self.generator.set_state(self._here())
         elif not self._hidden:
             self._hidden = True
+            self._hidden_state[:8] = self._epochs[-1][1][0][:8]  # `torch.initial_seed()` still answers
             self.generator.set_state(self._hidden_state)
         return at
 

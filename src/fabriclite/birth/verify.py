@@ -1,12 +1,14 @@
 """A net under births: does every rank hold what it should? Pure, but for looking at tensors.
 
-Every rank looks at its own part of every tensor; what all saw is compared.
+Every rank looks at its own part of every tensor; what all saw is compared, in numbers that thousands of ranks can send.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,9 @@ Where = tuple[tuple[int, int], ...]
 Parts = Mapping[str, tuple[Tensor, Where]]
 """By name, this rank's part of every parameter and buffer."""
 
+Column = np.ndarray[Any, np.dtype[np.int64]]
 _SEGMENTS: Final = 16
+_WORD: Final = 8
 _ENOUGH: Final = 16
 """Values from which on two random parts are never equal by chance."""
 
@@ -47,23 +51,6 @@ class Promise:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
-    """What one rank saw of one tensor.
-
-    Attributes:
-        where: which part it holds.
-        dtype: of the tensor.
-        digest: of the part's bytes; ``None`` if it has no memory.
-        unwritten: whether memory was left as it was handed out.
-    """
-
-    where: Where
-    dtype: torch.dtype
-    digest: tuple[int, ...] | None
-    unwritten: bool
-
-
 def ties_of(module: nn.Module) -> list[list[str]]:
     """Names that are one parameter or buffer."""
     names: dict[int, list[str]] = {}
@@ -72,78 +59,95 @@ def ties_of(module: nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def look(parts: Parts) -> dict[str, Look]:
-    """Look at this rank's parts: two passes over memory."""
-    return {name: _look(tensor, where) for name, (tensor, where) in parts.items()}
+_COLUMNS: Final = 4
+_NO_MEMORY, _UNWRITTEN, _TELLING = 1, 2, 4
+"""Flags: without memory; left as it was handed out; of so many values that random ones are never equal by chance."""
 
 
-def _look(tensor: Tensor, where: Where) -> Look:
-    tensor = tensor.detach()
+def look(parts: Parts) -> Tensor:
+    """Look at this rank's parts: two passes over memory.
+
+    Returns:
+        int64 of shape ``(names, 4)``: which part, dtype, digest of the bytes, flags. The same names in the same order
+        on every rank, see :func:`names_digest`.
+    """
+    rows = [_look(tensor.detach(), where) for tensor, where in parts.values()]
+    return torch.tensor(rows, dtype=torch.int64).view(len(rows), _COLUMNS)
+
+
+def names_digest(parts: Parts) -> bytes:
+    """Of the names, and of their order."""
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).digest()
+
+
+def _look(tensor: Tensor, where: Where) -> tuple[int, int, int, int]:
+    dtype = _short(str(tensor.dtype))
     if tensor.is_meta:
-        return Look(where, tensor.dtype, None, unwritten=False)
-    ref = Ref.of(0, tensor)
-    unwritten = tensor.numel() > 0 and replay.poisoned(tensor.untyped_storage(), ref)
-    return Look(where, tensor.dtype, digest(tensor), unwritten)
+        return _short(repr(where)), dtype, 0, _NO_MEMORY
+    unwritten = tensor.numel() > 0 and replay.poisoned(tensor.untyped_storage(), Ref.of(0, tensor))
+    flags = _UNWRITTEN * unwritten + _TELLING * (tensor.numel() >= _ENOUGH)
+    return _short(repr(where)), dtype, _short(repr((tuple(tensor.shape), digest(tensor)))), flags
+
+
+def _short(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def digest(tensor: Tensor) -> tuple[int, ...]:
     """Sums of the bits of ``tensor`` over 16 stretches: equal tensors have equal ones, others hardly ever."""
-    values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    flat = values.contiguous().view(-1)
-    if flat.dtype == torch.bool:
-        flat = flat.view(torch.uint8)
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
-    sums = [part.sum(dtype=torch.int64) for part in flat.view(whole).chunk(_SEGMENTS)]
-    return (tensor.numel(), *(int(s) for s in torch.stack(sums).tolist())) if flat.numel() else (0,)
+    values = tensor.contiguous()
+    raw = (torch.view_as_real(values) if values.is_complex() else values).view(-1).view(torch.uint8)
+    raw = raw.clone() if raw.storage_offset() % _WORD else raw
+    words = raw.numel() // _WORD * _WORD
+    sums = [part.sum() for part in raw[:words].view(torch.int64).chunk(_SEGMENTS)] if words else []
+    rest = raw[words:].to(torch.int64)
+    sums.append((rest << torch.arange(0, 8 * rest.numel(), 8, device=rest.device)).sum())
+    return tuple(torch.stack(sums).tolist())
 
 
-def findings(promise: Promise, looks: Sequence[Mapping[str, Look]], tied: Sequence[Sequence[str]]) -> list[str]:
+def findings(
+    promise: Promise, names: Sequence[str], looks: Tensor, tied: Sequence[Sequence[str]], now: Mapping[str, torch.dtype]
+) -> list[str]:
     """What is wrong, each with the name of the tensor and the cause.
 
     Args:
         promise: what the module was.
-        looks: of every rank, in order.
+        names: of what was looked at.
+        looks: int64 of shape ``(ranks, names, 4)``: what all ranks saw.
         tied: names that are one parameter now.
+        now: dtypes now, by name.
     """
-    found = []
-    now = [set(group) for group in tied]
-    for group in promise.ties:
-        if not any(set(group) <= names for names in now):
-            found.append(f"{' and '.join(group)} were one parameter and are not any more")
-    for name in looks[0]:
-        seen = [ranks[name] for ranks in looks if name in ranks]
-        found += [f"{name} {problem}" for problem in _problems(name, seen, promise)]
+    groups = [set(group) for group in tied]
+    found = [
+        f"{' and '.join(group)} were one parameter and are not any more"
+        for group in promise.ties
+        if not any(set(group) <= names for names in groups)
+    ]
+    table = looks.cpu().numpy()
+    for column, name in enumerate(names):
+        where, dtype, digests, flags = table[:, column].T
+        wanted = promise.dtypes.get(name, now[name])
+        problem = _problem(where, digests, flags, name in promise.random)
+        if (dtype != _short(str(wanted))).any() and problem is None:
+            problem = f"is {now[name]}, but was {wanted}"
+        if problem is not None:
+            found.append(f"{name} {problem}")
     return found
 
 
-def _problems(name: str, seen: Sequence[Look], promise: Promise) -> list[str]:
-    """Of one tensor; ``seen`` by rank."""
-    nowhere = [rank for rank, look in enumerate(seen) if look.digest is None]
-    if nowhere:
-        return [f"has no memory on rank {nowhere[0]}: nothing gave it its value"]
-    problems = []
-    unwritten = [rank for rank, look in enumerate(seen) if look.unwritten]
-    if unwritten:
-        problems.append(f"holds memory on rank {unwritten[0]} that was never written")
-    wanted = promise.dtypes.get(name, seen[0].dtype)
-    if seen[0].dtype != wanted:
-        problems.append(f"is {seen[0].dtype}, but was {wanted}")
-    by_part: dict[Where, tuple[int, Look]] = {}
-    for rank, look in enumerate(seen):
-        first, other = by_part.setdefault(look.where, (rank, look))
-        if other.digest != look.digest:
-            problems.append(f"should be the same on ranks {first} and {rank}, and is not")
-            break
-    if name in promise.random:
-        problems += _repeated([(rank, look) for rank, look in by_part.values()])
-    return problems
-
-
-def _repeated(parts: Sequence[tuple[int, Look]]) -> list[str]:
-    """Different parts of a random tensor that hold the same."""
-    owners: dict[tuple[int, ...], int] = {}
-    for rank, look in parts:
-        assert look.digest is not None
-        if look.digest[0] >= _ENOUGH and owners.setdefault(look.digest, rank) != rank:
-            return [f"was drawn from the same numbers on ranks {owners[look.digest]} and {rank}"]
-    return []
+def _problem(where: Column, digests: Column, flags: Column, random: bool) -> str | None:
+    """Of one tensor; every argument by rank."""
+    if (nowhere := np.flatnonzero(flags & _NO_MEMORY)).size:
+        return f"has no memory on rank {nowhere[0]}: nothing gave it its value"
+    if (unwritten := np.flatnonzero(flags & _UNWRITTEN)).size:
+        return f"holds memory on rank {unwritten[0]} that was never written"
+    _, first, part = np.unique(where, return_index=True, return_inverse=True)
+    if (odd := np.flatnonzero(digests != digests[first[part]])).size:
+        return f"should be the same on ranks {first[part[odd[0]]]} and {odd[0]}, and is not"
+    if random:
+        owners = first[(flags[first] & _TELLING) != 0]  # one rank for each part
+        _, again, drawn = np.unique(digests[owners], return_index=True, return_inverse=True)
+        if (repeated := np.flatnonzero(again[drawn] != np.arange(owners.size))).size:
+            one, other = owners[again[drawn[repeated[0]]]], owners[repeated[0]]
+            return f"was drawn from the same numbers on ranks {one} and {other}"
+    return None
