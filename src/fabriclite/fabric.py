@@ -270,16 +270,16 @@ class Fabric:
         module = _torch.compile_in_place(module)
         bindings = optim.bind(module)
         with settled(module, strategy.home(move_to_device), strategy.precision, optimizers) as (module, births):
-            promise = Promise.of(module, births)
+            promise, born = Promise.of(module, births), bool(births)
             engine, stepping = strategy.setup(module, births, optimizers)
-            if strategy.sharded and births:
-                self._verify(engine, promise)
-        pane = FabricModule(engine, strategy)
-        self._books.enter_module(pane, bindings, promise)
-        for before, after in zip(optimizers, stepping, strict=True):
-            self._books.enter_optimizer(after, strategy, module)
-            if scheduler is not None and scheduler.optimizer is before:
-                scheduler.optimizer = after
+            if strategy.sharded and born:
+                self._verify(engine, promise, at_birth=True)
+            pane = FabricModule(engine, strategy)
+            self._books.enter_module(pane, bindings, promise)
+            for before, after in zip(optimizers, stepping, strict=True):
+                self._books.enter_optimizer(after, strategy, module)
+                if scheduler is not None and scheduler.optimizer is before:
+                    scheduler.optimizer = after
         result = [pane, *stepping] if scheduler is None else [pane, *stepping, scheduler]
         return tuple(result) if len(result) > 1 else pane
 
@@ -299,19 +299,19 @@ class Fabric:
         """
         engine = self._books.engine(module)
         self._running.hand_out(engine)
-        self._verify(engine, self._books.promise(module))
+        self._verify(engine, self._books.promise(module), at_birth=False)
 
-    def _verify(self, engine: nn.Module, promise: Promise) -> None:
-        user_module, parts = self._running.user_module(engine), self._running.local_parts(engine)
-        if len(set(collectives.gather_objects(self._world, verify.names_digest(parts)))) > 1:
-            found = ["its parameters or buffers have other names on some ranks"]
-        else:
-            looks = collectives.all_gather(self._world, verify.look(parts).to(self.device))
-            dtypes = {name: tensor.dtype for name, (tensor, _) in parts.items()}
-            found = verify.findings(promise, list(parts), looks, verify.ties_of(user_module), dtypes)
+    def _verify(self, engine: nn.Module, promise: Promise, at_birth: bool) -> None:
+        parts = self._running.local_parts(engine)
+        own = verify.own_findings(promise, parts, verify.ties_of(self._running.user_module(engine)))
+        told = collectives.gather_objects(self._world, (verify.names_digest(parts), own))
+        found = verify.of_all(told)
+        if len({names for names, _ in told}) == 1:
+            looks = collectives.all_gather(self._world, verify.look(parts, promise.random).to(self.device))
+            found += verify.findings(promise, list(parts), looks, at_birth)
         if found:
             raise MaterializeError(
-                f"The {type(user_module).__name__} must hold the values that its code gives, on every rank, but:"
+                f"The {promise.kind} must hold the values that its code gives, on every rank, but:"
                 f" {'; '.join(found)}. Build it inside init_module, set it up, and change it only through what setup"
                 " returned."
             )

@@ -65,7 +65,7 @@ class Answers(TorchFunctionMode):
         if isinstance(first, Tensor) and not isinstance(first, _UNBUILT) and self._recording.knows(first):
             answer = self._of(first, func, args, kwargs)
             if answer is not NotImplemented:
-                return answer
+                return self._handed_out(answer)
         if self._recording.knows(kwargs.get("out")):
             kwargs = {name: value for name, value in kwargs.items() if name != "device"}  # it would have to be meta
         meant, wanted = self._recorder.meta_is_meant, kwargs.get("device")
@@ -76,6 +76,12 @@ class Answers(TorchFunctionMode):
             self._recorder.meta_is_meant = meant
         if not self._recorder.makes:
             self._refuse_computing(func, args, kwargs, result)
+        return self._handed_out(result)
+
+    def _handed_out(self, result: Any) -> Any:
+        """Note that user code holds it now, maybe beside the module."""
+        if isinstance(result, Tensor) and self._recording.knows(result):
+            self._recording.saw(result)
         return result
 
     def _of(self, tensor: Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -23,6 +23,8 @@ from fabriclite.errors import MaterializeError
 Kind = Literal["parameter", "buffer", "attribute"]
 _DEEP: Final = 5
 """Levels of lists and dictionaries in which a module's plain tensors are looked for."""
+_LONG: Final = 10_000
+"""Items from which on a list or dictionary is somebody's data, and not looked into."""
 _SAMPLES: Final = 4096
 """Values of a large captured tensor that its fingerprint looks at."""
 
@@ -178,23 +180,8 @@ class Births:
         if self._recording is None or not self.places:
             return
         tape = self._recording.tape
-        wholes: dict[int, Whole] = {}
-        plain: list[tuple[Tensor, Ref]] = []
-        split: list[tuple[DTensor, Goal]] = []
-        seen: set[int] = set()
-        for place in self.places:
-            held = place.now()
-            if held is None or id(held) in seen or has_memory(held):
-                continue
-            seen.add(id(held))
-            if isinstance(held, DTensor):
-                device = tape.storages[place.ref.storage].device if shards_on is None else shards_on
-                split.append((held, _goal(held, place.ref, device)))
-            elif place.kind == "attribute" and self._is_parameter(place.tensor):
-                continue  # an old name of a parameter that was replaced: `_rename` puts the new one there
-            else:
-                wholes.setdefault(place.ref.storage, Whole(place.ref.storage, place.ref.dtype))
-                plain.append((held, place.ref))
+        plain, split = self._targets(shards_on)
+        wholes = {ref.storage: Whole(ref.storage, ref.dtype) for _, ref in plain}
         goals = [*(goal for _, goal in split), *self._flat]
         if send is None:
             fill(tape, goals, list(wholes.values()), torch.get_num_threads())
@@ -208,7 +195,48 @@ class Births:
         for sharded, goal in split:
             _torch.become_sharded(sharded, goal.out)
         self._rename()
-        self._recording.close({p.ref.storage for p in self.places})
+        self._recording.close({p.ref.storage for p in self.places if p.kind == "parameter" and p.now() is not p.tensor})
+        self.places.clear()
+
+    def _targets(self, shards_on: torch.device | None) -> tuple[list[tuple[Tensor, Ref]], list[tuple[DTensor, Goal]]]:
+        """What is to be whole, and what is to hold this rank's part."""
+        assert self._recording is not None
+        plain: list[tuple[Tensor, Ref]] = []
+        split: list[tuple[DTensor, Goal]] = []
+        seen = {id(place.tensor) for place in self.places if place.now() is not place.tensor}
+        for place in self.places:
+            held = place.now()
+            if held is None or id(held) in seen or has_memory(held):
+                continue  # an old name of a parameter that was replaced gets what replaced it, by `_rename`
+            seen.add(id(held))
+            if isinstance(held, DTensor):
+                device = self.device_of(place) if shards_on is None else shards_on
+                split.append((held, self._goal(held, place, device)))
+            else:
+                plain.append((held, self._still_recorded(held, place)))
+        for storage in self._storages():  # a state dict or a view that was taken before, and is kept
+            for kept in self._recording.kept(storage):
+                if id(kept) not in seen and not isinstance(kept, nn.Parameter):
+                    plain.append((kept, self._recording.ref(kept)))
+        return plain, split
+
+    def _goal(self, held: DTensor, place: Place, device: torch.device) -> Goal:
+        ref, box = place.ref, shards.box(held)
+        if self._recording is not None and self._recording.knows(shards.local(held)):
+            ref = self._recording.ref(shards.local(held))  # cut by hand: a view of what was recorded
+            box = tuple((0, length) for length in ref.size)
+        elif (tuple(held.shape), held.dtype) != (ref.size, ref.dtype):
+            raise MaterializeError(_changed(place.name, held))
+        out = torch.empty([length for _, length in box], dtype=ref.dtype, device=device)
+        replay.poison(out.untyped_storage())  # a value that is then not written is found by `verify`
+        return Goal(ref, box, out)
+
+    def _still_recorded(self, held: Tensor, place: Place) -> Ref:
+        """Where a plain tensor is: what was cut by hand is a view of what was recorded."""
+        assert self._recording is not None
+        if not self._recording.knows(held):
+            raise MaterializeError(_changed(place.name, held))
+        return self._recording.ref(held)
 
     def place_of(self, tensor: Tensor) -> Place | None:
         """Where a tensor is held that :meth:`fill` would fill; ``None`` for a real one."""
@@ -228,9 +256,6 @@ class Births:
         if ref.contiguous:
             ref = Ref(ref.storage, ref.dtype, (ref.numel,), (1,), ref.offset)
         self._flat.append(Goal(ref, ((start, out.numel()),), out))
-
-    def _is_parameter(self, tensor: Tensor) -> bool:
-        return any(p.tensor is tensor and p.kind == "parameter" and p.now() is not tensor for p in self.places)
 
     def _rename(self) -> None:
         """Where a module's lists and dictionaries hold a parameter that was replaced, put what replaced it."""
@@ -266,6 +291,7 @@ def _give_lazy_ones_a_device(module: nn.Module) -> None:
 def _places(recording: Recording, module: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[Place]:
     """Parameters, then buffers, then plain tensors of ``module``, then those of optimizers, that are recorded."""
     held: dict[Kind, list[tuple[str, nn.Module, str, Tensor]]] = {"parameter": [], "buffer": [], "attribute": []}
+    seen = {id(owner) for owner in module.modules()}
     for prefix, owner in module.named_modules():
         dot = f"{prefix}." if prefix else ""
         held["parameter"] += [
@@ -274,7 +300,7 @@ def _places(recording: Recording, module: nn.Module, optimizers: Sequence[Optimi
         held["buffer"] += [
             (dot + leaf, owner, leaf, b) for leaf, b in owner.named_buffers(recurse=False, remove_duplicate=False)
         ]
-        held["attribute"] += [(dot + leaf, owner, leaf, t) for leaf, t in _plain_tensors(vars(owner), _DEEP)]
+        held["attribute"] += [(dot + leaf, owner, leaf, t) for leaf, t in _plain_tensors(vars(owner), _DEEP, seen)]
     for optimizer in optimizers:
         name = type(optimizer).__name__
         for state in optimizer.state.values():
@@ -285,24 +311,29 @@ def _places(recording: Recording, module: nn.Module, optimizers: Sequence[Optimi
                 yield Place(full_name, owner, leaf, kind, tensor, recording.ref(tensor))
 
 
-def _plain_tensors(holder: Any, deep: int, registered: bool = True) -> Iterator[tuple[str, Tensor]]:
+def _plain_tensors(holder: Any, deep: int, seen: set[int], registered: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Tensors in a module's own attributes, and in lists, dictionaries and objects there, with a name.
 
-    ``registered``: ``holder`` is what a module's attributes are; what it registered is left out.
+    Args:
+        holder: a dictionary, list or tuple.
+        deep: levels to look into.
+        seen: ids of what was looked into.
+        registered: ``holder`` is what a module's attributes are; what it registered is left out.
     """
     for key, value in _items(holder):
         if registered and key in ("_parameters", "_buffers", "_modules"):
             continue
         if isinstance(value, Tensor):
             yield str(key), value
-        elif deep > 1 and isinstance(value, list | tuple | dict):
-            for name, tensor in _plain_tensors(value, deep - 1, registered=False):
-                yield f"{key}.{name}", tensor
-        elif deep > 1 and _holds_things(value):
-            # a module in a plain list counts as one level less: its own dictionaries are levels of their own
-            levels = deep if isinstance(value, nn.Module) else deep - 1
-            for name, tensor in _plain_tensors(vars(value), levels, registered=False):
-                yield f"{key}.{name}", tensor
+            continue
+        inner = value if isinstance(value, list | tuple | dict) else vars(value) if _holds_things(value) else None
+        if inner is None or deep <= 1 or id(value) in seen or len(inner) > _LONG:
+            continue
+        seen.add(id(value))
+        # a module in a plain list counts as one level less: its own dictionaries are levels of their own
+        levels = deep if isinstance(value, nn.Module) else deep - 1
+        for name, tensor in _plain_tensors(inner, levels, seen, registered=False):
+            yield f"{key}.{name}", tensor
 
 
 def _holds_things(value: Any) -> bool:
@@ -326,13 +357,6 @@ def _replace(holder: Any, old: Tensor, new: Tensor | None, deep: int) -> None:
             _replace(value, old, new, deep - 1)
 
 
-def _goal(sharded: DTensor, ref: Ref, device: torch.device) -> Goal:
-    box = shards.box(sharded)
-    out = torch.empty([length for _, length in box], dtype=ref.dtype, device=device)
-    replay.poison(out.untyped_storage())  # a value that is then not written is found by `verify`
-    return Goal(ref, box, out)
-
-
 def _digest_arguments(digest: Any, value: Any) -> None:
     if isinstance(value, Captured):
         tensor = value.value().detach()
@@ -345,6 +369,14 @@ def _digest_arguments(digest: Any, value: Any) -> None:
             _digest_arguments(digest, item)
     elif not isinstance(value, torch.Generator):
         digest.update(repr(value).encode())
+
+
+def _changed(name: str, held: Tensor) -> str:
+    return (
+        f"{name} must be spread as it was recorded, but now is a tensor of shape {tuple(held.shape)} that was computed"
+        " from it or put in its place, without values. In `parallelize_fn` only cut, distribute and shard; compute"
+        " before setup, or build with fabric.init_module(empty_init=False)."
+    )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """One recording: the tape, which live tensors are on it, and the random streams it draws from."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 from weakref import ReferenceType, ref
@@ -15,6 +16,7 @@ from fabriclite.birth.tape import Captured, Op, Ref, Tape
 
 _KEPT: Final = 1 << 20
 """Bytes up to which a value that was asked for is kept, to be asked for again."""
+_MANY: Final = 64
 
 
 class Recording:
@@ -26,6 +28,7 @@ class Recording:
         self._numbers: dict[int, int] = {}
         self._watched: list[_torch.StorageWeakRef] = []  # by number; keeps a key from being used again
         self._done: set[int] = set()
+        self._seen: dict[int, list[ReferenceType[Tensor]]] = {}
         self._values: dict[int, tuple[int, torch.UntypedStorage]] = {}
         self._loans: list[_Loan] = []
 
@@ -57,14 +60,32 @@ class Recording:
         self._watched.append(_torch.StorageWeakRef(memory))  # type: ignore[no-untyped-call]
         return Ref.of(storage.index, tensor)
 
+    def saw(self, tensor: Tensor) -> None:
+        """A recorded tensor was handed to user code, which may keep it beside the module."""
+        seen = self._seen.setdefault(self.ref(tensor).storage, [])
+        seen.append(ref(tensor))
+        if len(seen) > _MANY:
+            seen[:] = [other for other in seen if other() is not None]
+
+    def kept(self, storage: int) -> list[Tensor]:
+        """Tensors of a storage that user code may still hold and that have no memory."""
+        alive = {id(tensor): tensor for other in self._seen.get(storage, []) if (tensor := other()) is not None}
+        return [tensor for tensor in alive.values() if self.number(tensor) == storage]
+
     def close(self, storages: set[int]) -> None:
-        """These were given real memory somewhere."""
+        """Sharded parameters took the place of these."""
         self._done |= storages
 
     def waits(self) -> bool:
-        """Whether a tensor is alive that still has no memory."""
-        left = [watched for i, watched in enumerate(self._watched) if i not in self._done]
-        return any(not watched.expired() for watched in left)  # type: ignore[no-untyped-call]
+        """Whether a tensor is alive that still has to be given memory."""
+        return any(i not in self._done for i in self._alive())
+
+    def lives(self) -> bool:
+        """Whether a tensor is alive that somebody may still ask for."""
+        return next(self._alive(), None) is not None
+
+    def _alive(self) -> Iterator[int]:
+        return (i for i, watched in enumerate(self._watched) if not watched.expired())  # type: ignore[no-untyped-call]
 
     # -- streams ---------------------------------------------------------------------
     def stream(self, generator: torch.Generator | None, device: torch.device) -> Stream:

@@ -11,6 +11,7 @@ from fabriclite.birth import draws, truncated
 from fabriclite.birth.answers import Answers
 from fabriclite.birth.record import Recorder
 from fabriclite.birth.recording import Recording
+from fabriclite.errors import SetupOrderError
 
 
 @dataclass(slots=True)
@@ -32,6 +33,8 @@ class _Now:
     recording: Recording | None = None
     recorder: Recorder | None = None
     """Set while inside a recording ``init_module``."""
+    inference: bool = False
+    """Whether ``after`` was set inside ``torch.inference_mode``."""
     after: _Modes | None = None
     """Set between ``init_module`` and the last ``setup``: below all other modes, it notes what is done to recorded
     tensors and lets everything else pass."""
@@ -91,7 +94,16 @@ def _inside(device: torch.device, makes: bool) -> Iterator[None]:
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Within it nothing is noted or answered; after it, what still has no memory is looked after again."""
+    """Within it nothing is noted or answered; after it, what still has no memory is looked after again.
+
+    Raises:
+        SetupOrderError: inside of a recording ``init_module``, or only partly inside ``torch.inference_mode``.
+    """
+    if _Now.recorder is not None:
+        raise SetupOrderError(
+            "A model must be complete before it gets memory, but `init_module` has not ended yet."
+            " Call setup or materialize after its block."
+        )
     _stop_after()
     try:
         yield
@@ -103,23 +115,37 @@ def tidy() -> None:
     """Stop looking after recorded tensors once there are none: it costs every operation a little."""
     if _Now.after is not None and not _Now.after.recorder.recording.waits():
         _stop_after()
-        _Now.recording = None
+        _forget()
 
 
 def _go_on_after() -> None:
     if _Now.recording is None or _Now.after is not None:
         return
     if not _Now.recording.waits():
-        _Now.recording = None
+        _forget()
         return
     for stream in _Now.recording.streams.values():
         stream.lazy = False  # others draw from the generators now
     _Now.after = _Modes.of(_Now.recording, torch.device("cpu"), makes=False)
+    _Now.inference = torch.is_inference_mode_enabled()
     _torch.put_below(_Now.after.recorder, _Now.after.answers)
+
+
+def _forget() -> None:
+    """Let go of the tape, unless somebody shares a tensor with what was set up."""
+    if _Now.recording is not None and not _Now.recording.lives():
+        _Now.recording = None
 
 
 def _stop_after() -> None:
     if _Now.after is not None:
+        if _Now.inference != torch.is_inference_mode_enabled():
+            # Torch puts back which modes it asks when inference mode ends: taken away inside it, they would be asked
+            # for, and put there inside it, not be asked.
+            raise SetupOrderError(
+                "`init_module` and what follows up to setup must be inside of one torch.inference_mode, or all outside,"
+                f" but only {'init_module' if _Now.inference else 'the later part'} is inside. Move one to the other."
+            )
         _torch.take_away(_Now.after.recorder, _Now.after.answers)
         _Now.after = None
         if _Now.recording is not None:

@@ -204,8 +204,12 @@ class Tape:
         return [self.ops[i] for i in sorted(found)]
 
     def written(self, storage: int) -> Written:
-        """How much of a storage was given a value after its memory was taken."""
-        return self._written(storage, len(self.ops), {})
+        """How much of a storage was given a value after its memory was taken.
+
+        ``"partly"`` where the parts that were written are not seen to be the whole: a strided slice, an index.
+        """
+        state = self._written(storage, len(self.ops), {})
+        return "fully" if state == "partly" and self._filled_by_stretches(storage) else state
 
     def _written(self, storage: int, before: int, memo: dict[tuple[int, int], Written]) -> Written:
         ops = self.storages[storage].ops
@@ -220,6 +224,24 @@ class Tape:
             state = self._after(self.ops[index], storage, state, memo)
         memo[storage, count] = state
         return state
+
+    def _filled_by_stretches(self, storage: int) -> bool:
+        """Whether fills of neighbouring stretches, as of a fused projection, make up the whole."""
+        stretches: list[tuple[int, int]] = []
+        for op in (self.ops[i] for i in self.storages[storage].ops):
+            if storage in op.creates or op.overwrites:
+                stretches.clear()
+            elif op.name in facts.FILLS and all(self.written(s) == "fully" for s in op.reads - {storage}):
+                target = next(op.refs())
+                if target.storage == storage and target.contiguous:
+                    start = target.offset * target.dtype.itemsize
+                    stretches.append((start, start + target.nbytes))
+        reached = 0
+        for start, end in sorted(stretches):
+            if start > reached:
+                return False
+            reached = max(reached, end)
+        return reached >= self.storages[storage].nbytes
 
     def _after(self, op: Op, storage: int, state: Written, memo: dict[tuple[int, int], Written]) -> Written:
         """What becomes of ``state`` of a storage by ``op``."""

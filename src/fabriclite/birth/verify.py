@@ -4,7 +4,7 @@ Every rank looks at its own part of every tensor; what all saw is compared, in n
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -33,11 +33,15 @@ class Promise:
     """What a module was when it was set up.
 
     Attributes:
+        kind: its class's name.
+        statistics: names of buffers that follow each rank's own data, as those of BatchNorm do.
         dtypes: by name of parameter or buffer.
         ties: names that are one parameter.
         random: names of parameters whose values were drawn one by one, so that no two parts are equal.
     """
 
+    kind: str
+    statistics: frozenset[str]
     dtypes: Mapping[str, torch.dtype]
     ties: Sequence[Sequence[str]]
     random: frozenset[str]
@@ -45,10 +49,19 @@ class Promise:
     @classmethod
     def of(cls, module: nn.Module, births: Births) -> "Promise":
         return cls(
+            kind=type(module).__name__,
+            statistics=frozenset(_statistics(module)),
             dtypes={name: tensor.dtype for name, tensor in named_tensors(module)},
             ties=ties_of(module),
             random=births.random_names(),
         )
+
+
+def _statistics(module: nn.Module) -> Iterator[str]:
+    for prefix, sub in module.named_modules(remove_duplicate=False):
+        names = {name for name, _ in sub.named_buffers(recurse=False)}
+        if {"running_mean", "running_var"} <= names:
+            yield from (f"{prefix}.{name}" if prefix else name for name in names)
 
 
 def ties_of(module: nn.Module) -> list[list[str]]:
@@ -59,19 +72,53 @@ def ties_of(module: nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-_COLUMNS: Final = 4
+_COLUMNS: Final = 3
 _NO_MEMORY, _UNWRITTEN, _TELLING = 1, 2, 4
-"""Flags: without memory; left as it was handed out; of so many values that random ones are never equal by chance."""
+"""Flags: without memory; left as it was handed out; of so many values that random ones are equal by no chance."""
 
 
-def look(parts: Parts) -> Tensor:
+def own_findings(promise: Promise, parts: Parts, tied: Sequence[Sequence[str]]) -> list[str]:
+    """What is wrong on this rank that it can tell alone: ties and dtypes.
+
+    ``tied``: names that are one parameter now.
+    """
+    groups = [set(group) for group in tied]
+    found = [
+        f"{' and '.join(group)} were one parameter and are not any more"
+        for group in promise.ties
+        if not any(set(group) <= names for names in groups)
+    ]
+    wanted = promise.dtypes
+    return found + [
+        f"{name} is {tensor.dtype}, but was {wanted[name]}"
+        for name, (tensor, _) in parts.items()
+        if tensor.dtype != wanted.get(name, tensor.dtype)
+    ]
+
+
+def of_all(told: Sequence[tuple[bytes, Sequence[str]]]) -> list[str]:
+    """What all ranks told, with the first rank that did: digests of names, and :func:`own_findings`."""
+    first: dict[str, int] = {}
+    for rank, (names, own) in enumerate(told):
+        if names != told[0][0]:
+            first.setdefault("parameters or buffers have other names than on rank 0", rank)
+        for finding in own:
+            first.setdefault(finding, rank)
+    return [f"{finding} (rank {rank})" for finding, rank in first.items()]
+
+
+def look(parts: Parts, random: Container[str]) -> Tensor:
     """Look at this rank's parts: two passes over memory.
 
+    Args:
+        parts: of every tensor.
+        random: names of those that no two ranks may have drawn alike.
+
     Returns:
-        int64 of shape ``(names, 4)``: which part, dtype, digest of the bytes, flags. The same names in the same order
-        on every rank, see :func:`names_digest`.
+        int64 of shape ``(names, 3)``: which part, digest of the bytes, flags. The same names in the same order on every
+        rank, see :func:`names_digest`.
     """
-    rows = [_look(tensor.detach(), where) for tensor, where in parts.values()]
+    rows = [_look(tensor.detach(), where, name in random) for name, (tensor, where) in parts.items()]
     return torch.tensor(rows, dtype=torch.int64).view(len(rows), _COLUMNS)
 
 
@@ -80,13 +127,15 @@ def names_digest(parts: Parts) -> bytes:
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).digest()
 
 
-def _look(tensor: Tensor, where: Where) -> tuple[int, int, int, int]:
-    dtype = _short(str(tensor.dtype))
+def _look(tensor: Tensor, where: Where, random: bool) -> tuple[int, int, int]:
     if tensor.is_meta:
-        return _short(repr(where)), dtype, 0, _NO_MEMORY
+        return _short(repr(where)), 0, _NO_MEMORY
     unwritten = tensor.numel() > 0 and replay.poisoned(tensor.untyped_storage(), Ref.of(0, tensor))
-    flags = _UNWRITTEN * unwritten + _TELLING * (tensor.numel() >= _ENOUGH)
-    return _short(repr(where)), dtype, _short(repr((tuple(tensor.shape), digest(tensor)))), flags
+    # Parts of one value, as of an initialisation with a gain of 0, are equal and tell nothing.
+    values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    telling = random and tensor.numel() >= _ENOUGH and bool(values.amin() != values.amax())
+    flags = _UNWRITTEN * unwritten + _TELLING * telling
+    return _short(repr(where)), _short(repr((str(tensor.dtype), tuple(tensor.shape), digest(tensor)))), flags
 
 
 def _short(text: str) -> int:
@@ -105,49 +154,37 @@ def digest(tensor: Tensor) -> tuple[int, ...]:
     return tuple(torch.stack(sums).tolist())
 
 
-def findings(
-    promise: Promise, names: Sequence[str], looks: Tensor, tied: Sequence[Sequence[str]], now: Mapping[str, torch.dtype]
-) -> list[str]:
-    """What is wrong, each with the name of the tensor and the cause.
+def findings(promise: Promise, names: Sequence[str], looks: Tensor, at_birth: bool) -> list[str]:
+    """What is wrong that ranks can only tell together, each with the name of the tensor and the cause.
 
     Args:
         promise: what the module was.
         names: of what was looked at.
-        looks: int64 of shape ``(ranks, names, 4)``: what all ranks saw.
-        tied: names that are one parameter now.
-        now: dtypes now, by name.
+        looks: int64 of shape ``(ranks, names, 3)``: what all ranks saw.
+        at_birth: whether statistics have to agree too.
     """
-    groups = [set(group) for group in tied]
-    found = [
-        f"{' and '.join(group)} were one parameter and are not any more"
-        for group in promise.ties
-        if not any(set(group) <= names for names in groups)
-    ]
-    table = looks.cpu().numpy()
+    table, found = looks.cpu().numpy(), []
     for column, name in enumerate(names):
-        where, dtype, digests, flags = table[:, column].T
-        wanted = promise.dtypes.get(name, now[name])
-        problem = _problem(where, digests, flags, name in promise.random)
-        if (dtype != _short(str(wanted))).any() and problem is None:
-            problem = f"is {now[name]}, but was {wanted}"
+        where, digests, flags = table[:, column].T
+        alike = at_birth or name not in promise.statistics
+        problem = _problem(where, digests, flags, alike)
         if problem is not None:
             found.append(f"{name} {problem}")
     return found
 
 
-def _problem(where: Column, digests: Column, flags: Column, random: bool) -> str | None:
-    """Of one tensor; every argument by rank."""
+def _problem(where: Column, digests: Column, flags: Column, alike: bool) -> str | None:
+    """Of one tensor; every argument but the last by rank. ``alike``: whether equal parts have to be equal."""
     if (nowhere := np.flatnonzero(flags & _NO_MEMORY)).size:
         return f"has no memory on rank {nowhere[0]}: nothing gave it its value"
     if (unwritten := np.flatnonzero(flags & _UNWRITTEN)).size:
         return f"holds memory on rank {unwritten[0]} that was never written"
     _, first, part = np.unique(where, return_index=True, return_inverse=True)
-    if (odd := np.flatnonzero(digests != digests[first[part]])).size:
+    if alike and (odd := np.flatnonzero(digests != digests[first[part]])).size:
         return f"should be the same on ranks {first[part[odd[0]]]} and {odd[0]}, and is not"
-    if random:
-        owners = first[(flags[first] & _TELLING) != 0]  # one rank for each part
-        _, again, drawn = np.unique(digests[owners], return_index=True, return_inverse=True)
-        if (repeated := np.flatnonzero(again[drawn] != np.arange(owners.size))).size:
-            one, other = owners[again[drawn[repeated[0]]]], owners[repeated[0]]
-            return f"was drawn from the same numbers on ranks {one} and {other}"
+    owners = np.sort(first[(flags[first] & _TELLING) != 0])  # one rank for each part
+    _, again, drawn = np.unique(digests[owners], return_index=True, return_inverse=True)
+    if (repeated := np.flatnonzero(again[drawn] != np.arange(owners.size))).size:
+        one, other = owners[again[drawn[repeated[0]]]], owners[repeated[0]]
+        return f"was drawn from the same numbers on ranks {one} and {other}"
     return None

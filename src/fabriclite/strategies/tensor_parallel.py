@@ -20,6 +20,7 @@ from fabriclite import optim_state
 from fabriclite.birth.births import Births
 from fabriclite.birth.plan import Birth, InitPlan
 from fabriclite.birth.verify import Parts
+from fabriclite.birth.watch import watched
 from fabriclite.errors import ConfigError
 from fabriclite.precision import Precision
 from fabriclite.strategies import _fully_shard, _shared, tp_plan
@@ -93,7 +94,8 @@ class TensorParallel(Strategy):
 
     def _parallelize(self, module: nn.Module) -> nn.Module:
         if self.config.parallelize_fn is not None:
-            result = self.config.parallelize_fn(module, self.mesh)
+            with watched():
+                result = self.config.parallelize_fn(module, self.mesh)
             if not isinstance(result, nn.Module):
                 raise ConfigError(
                     f"`parallelize_fn` must return the module, but returned {type(result).__name__}. Add a return."
