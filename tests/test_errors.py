@@ -677,6 +677,227 @@ ORDERS = [
     ),
 ]
 
+# -- births ------------------------------------------------------------------------------------------------------------
+
+
+class Unwritten(nn.Module):
+    """Holds memory as ``torch.empty`` gives it, and what ``write`` makes of it."""
+
+    def __init__(self, write: Callable[[Any], object] = lambda module: None) -> None:
+        super().__init__()
+        self.known = nn.Linear(4, 4)
+        self.weight = nn.Parameter(torch.empty(20, 4))
+        self.register_buffer("table", torch.empty(7))
+        write(self)
+
+
+def recorded(build: Callable[[], nn.Module] = Net, **arguments: Any) -> tuple[Fabric, Any]:
+    fabric = one(**arguments)
+    with fabric.init_module(empty_init=True):
+        return fabric, build()
+
+
+def unwritten(write: Callable[[Any], object], how: str = "setup", **arguments: Any) -> Callable[[Path], object]:
+    """Give memory to a module of which ``write`` wrote a part."""
+
+    def act(_: Path) -> None:
+        fabric, module = recorded(lambda: Unwritten(write), **arguments)
+        getattr(fabric, how)(module)
+
+    return act
+
+
+def writes_weight(module: Any) -> None:
+    nn.init.zeros_(module.weight)
+
+
+def writes_table(module: Any) -> None:
+    module.table.fill_(1)
+
+
+def writes_a_part(module: Any) -> None:
+    writes_table(module)
+    module.weight.data[:10] = 1
+
+
+def writes_a_part_of_the_buffer(module: Any) -> None:
+    writes_weight(module)
+    module.table[2:5].normal_()
+
+
+def many_unwritten() -> nn.Module:
+    return nn.ParameterList(torch.empty(3) for _ in range(8))
+
+
+def computes_early(_: Path) -> None:
+    _fabric, net = recorded()
+    net(torch.ones(2, 4))
+
+
+def changes_what_was_given(_: Path) -> None:
+    """More than is copied at once."""
+    large = torch.ones(1024, 1025)
+
+    def build() -> nn.Module:
+        module = nn.Linear(1025, 1024)
+        module.weight.data.copy_(large)
+        return module
+
+    fabric, module = recorded(build)
+    large.mul_(2)
+    fabric.setup(module)
+
+
+def uses_meta_inside(_: Path) -> None:
+    def build() -> nn.Module:
+        module = nn.Linear(3, 4)
+        module.weight.data.copy_(torch.empty(4, 3, device="meta"))
+        return module
+
+    recorded(build)
+
+
+def inside_the_context(how: str) -> Callable[[Path], object]:
+    def act(_: Path) -> None:
+        fabric = one()
+        with fabric.init_module(empty_init=True):
+            getattr(fabric, how)(Net())
+
+    return act
+
+
+def half_in_inference_mode(_: Path) -> None:
+    fabric, net = recorded()
+    with torch.inference_mode():
+        fabric.setup(net)
+
+
+def spreads(change: Callable[[Any], object]) -> Callable[[Path], object]:
+    """Set up with a ``parallelize_fn`` that does more than spread."""
+
+    def parallelize(module: nn.Module, mesh: Any) -> nn.Module:
+        change(module)
+        return module
+
+    def act(_: Path) -> None:
+        fabric, net = recorded(strategy=ModelParallelStrategy(parallelize_fn=parallelize))
+        fabric.setup(net)
+
+    return act
+
+
+def scales_the_head(net: Any) -> None:
+    net.head.weight = nn.Parameter(net.head.weight.detach() * 2)
+
+
+def replaces_the_head(net: Any) -> None:
+    net.head.weight = nn.Parameter(torch.empty(8, 8, device="meta"))
+
+
+EMPTY = "left as torch.empty made it, in part or whole … torch.zeros, torch.nn.init … model.load_state_dict"
+
+BIRTHS = [
+    row("birth-unwritten-parameter", unwritten(writes_table), MaterializeError, f"weight must be loaded … {EMPTY}"),
+    row("birth-unwritten-buffer", unwritten(writes_weight), MaterializeError, f"table must be loaded … {EMPTY}"),
+    row(
+        "birth-unwritten-both",
+        unwritten(lambda module: None),
+        MaterializeError,
+        f"weight, table must be loaded … but were … {EMPTY}",
+    ),
+    row("birth-written-in-part", unwritten(writes_a_part), MaterializeError, f"weight must be loaded … {EMPTY}"),
+    row(
+        "birth-buffer-written-in-part",
+        unwritten(writes_a_part_of_the_buffer),
+        MaterializeError,
+        f"table must be loaded … {EMPTY}",
+    ),
+    row(
+        "birth-unwritten-materialize",
+        unwritten(writes_table, how="materialize"),
+        MaterializeError,
+        f"weight must be loaded … {EMPTY}",
+    ),
+    row(
+        "birth-unwritten-fsdp",
+        unwritten(writes_a_part, strategy="fsdp"),
+        MaterializeError,
+        f"weight must be loaded … {EMPTY}",
+    ),
+    row(
+        "birth-unwritten-many",
+        lambda _: (lambda fabric, module: fabric.setup(module))(*recorded(many_unwritten)),
+        MaterializeError,
+        f"0, 1, 2, 3, 4 and 3 more must be loaded … {EMPTY}",
+    ),
+    row(
+        "birth-computes-early",
+        computes_early,
+        MaterializeError,
+        "from `init_module` must be set up before … linear was called … fabric.setup(model) … fabric.materialize",
+    ),
+    row(
+        "birth-given-changed",
+        changes_what_was_given,
+        MaterializeError,
+        "shape (1024, 1025) … was given … until setup … changed in place … tensor.clone()",
+    ),
+    row(
+        "birth-meta-inside",
+        uses_meta_inside,
+        MaterializeError,
+        "on the meta device … (4, 3) … inside init_module … without device='meta'",
+    ),
+    row(
+        "birth-setup-inside",
+        inside_the_context("setup"),
+        SetupOrderError,
+        "model must be complete … `init_module` has not ended … after its block",
+    ),
+    row(
+        "birth-materialize-inside",
+        inside_the_context("materialize"),
+        SetupOrderError,
+        "model must be complete … `init_module` has not ended … after its block",
+    ),
+    row(
+        "birth-half-in-inference-mode",
+        half_in_inference_mode,
+        SetupOrderError,
+        "torch.inference_mode … only the later part is inside … Move one to the other",
+    ),
+    row(
+        "birth-parallelize-computes",
+        spreads(scales_the_head),
+        MaterializeError,
+        "`parallelize_fn` must only spread … calls mul on … Compute before setup … empty_init=False",
+    ),
+    row(
+        "birth-parallelize-replaces",
+        spreads(replaces_the_head),
+        MaterializeError,
+        "head.weight must be spread as it was recorded … shape (8, 8) … `parallelize_fn` … empty_init=False",
+    ),
+    row(
+        "materialize-list",
+        lambda _: one().materialize([Net()]),
+        ConfigError,
+        "`module` … torch.nn.Module … list",
+    ),
+    row(
+        "materialize-meta",
+        lambda _: one().materialize(nn.Linear(3, 4, device="meta")),
+        MaterializeError,
+        "weight, bias must have a value … are on the meta device … fabric.init_module()",
+    ),
+    row(
+        "verify-not-set-up",
+        lambda _: one().verify(Net()),
+        SetupOrderError,
+        "`module` … a Net that was not … model = fabric.setup(model)",
+    ),
+]
+
 # -- data, and small help ----------------------------------------------------------------------------------------------
 
 
@@ -1102,7 +1323,7 @@ CHECKPOINTS = [
     ),
 ]
 
-TABLE = [*ARGUMENTS, *CONFIGS, *PLANS, *ORDERS, *DATA, *LAUNCHES, *CHECKPOINTS]
+TABLE = [*ARGUMENTS, *CONFIGS, *PLANS, *ORDERS, *BIRTHS, *DATA, *LAUNCHES, *CHECKPOINTS]
 
 
 def check(text: str, says: str) -> None:
@@ -1203,6 +1424,30 @@ def nonfinite_on_one_rank(fabric: Fabric, _: Path) -> None:
     fabric.clip_gradients(model, optimizer, max_norm=1.0)
 
 
+def different_models(fabric: Fabric, _: Path) -> None:
+    with fabric.init_module(empty_init=True):
+        net = Net(width=4 + 2 * fabric.global_rank)
+    fabric.setup(net, sgd(net))
+
+
+def one_unwritten(fabric: Fabric, _: Path) -> None:
+    """Only one of two ranks leaves it so; both must say so."""
+    with fabric.init_module(empty_init=True):
+        net = Unwritten(writes_table)
+        if fabric.is_global_zero:
+            writes_weight(net)
+    fabric.setup(net, sgd(net))
+
+
+def engine_of(dtype: torch.dtype) -> Callable[[Fabric, Path], None]:
+    def act(fabric: Fabric, _: Path) -> None:
+        net = Net()
+        net.extra = nn.Parameter(torch.ones(4, dtype=dtype))
+        fabric.setup(net, sgd(net))
+
+    return act
+
+
 @dataclass(frozen=True)
 class RowInTwo:
     """As :class:`Row`, on each of two ranks; ``act`` gets a folder that both share."""
@@ -1222,6 +1467,12 @@ TWO: dict[str, Any] = {
 IN_TWO: dict[str, list[RowInTwo]] = {
     "ddp": [
         RowInTwo(
+            "different-models",
+            different_models,
+            MaterializeError,
+            "All ranks must build the same model … rank 1 … names, shapes or ties … depend on the rank",
+        ),
+        RowInTwo(
             "sampler-without-length",
             sampler_without_length,
             ConfigError,
@@ -1232,6 +1483,12 @@ IN_TWO: dict[str, list[RowInTwo]] = {
         RowInTwo("nonfinite", nonfinite_on_one_rank, NonFiniteGradientError, "2-norm … error_if_nonfinite=False"),
     ],
     "fsdp": [
+        RowInTwo(
+            "different-models",
+            different_models,
+            MaterializeError,
+            "All ranks must build the same model … rank 1 … names, shapes or ties … depend on the rank",
+        ),
         RowInTwo("save-below-file", unwritable, CheckpointError, "file/checkpoint … Rank 0 … could not"),
         RowInTwo("load-torn-shard", torn_on_one_rank, CheckpointError, "readable shards … load another checkpoint"),
         RowInTwo("nonfinite", nonfinite_on_one_rank, NonFiniteGradientError, "2-norm … error_if_nonfinite=False"),
@@ -1251,6 +1508,21 @@ IN_TWO: dict[str, list[RowInTwo]] = {
         ),
     ],
     "zero1": [
+        RowInTwo(
+            "different-models",
+            different_models,
+            MaterializeError,
+            "All ranks must build the same model … rank 1 … names, shapes or ties … depend on the rank",
+        ),
+        *(
+            RowInTwo(
+                f"trains-{dtype}",
+                engine_of(dtype),
+                ConfigError,
+                f"DeepSpeedStrategy … at most float32 … extra is {dtype} … Cast it, freeze it",
+            )
+            for dtype in (torch.float64, torch.complex64)
+        ),
         RowInTwo(
             "no-optimizer",
             engine_without_optimizer,

@@ -307,7 +307,7 @@ class Fabric:
         told = collectives.gather_objects(self._world, (verify.names_digest(parts), own))
         found = verify.of_all(told)
         if len({names for names, _ in told}) == 1:
-            looks = collectives.all_gather(self._world, verify.look(parts, promise.random).to(self.device))
+            looks = collectives.all_gather(self._world, verify.look(parts, promise).to(self.device))
             found += verify.findings(promise, list(parts), looks, at_birth)
         if found:
             raise MaterializeError(

@@ -187,8 +187,8 @@ class Recorder(_torch.DispatchMode):  # type: ignore[no-untyped-call]
             return self.recording.ref(tensor)
         if tensor.device == _META:
             raise MaterializeError(
-                f"A tensor on the meta device, of shape {tuple(tensor.shape)}, has no values, but was used to make one"
-                " inside init_module. Make it there without device='meta'."
+                f"What a model is made of must have values, but a tensor of shape {tuple(tensor.shape)} that was used"
+                " inside init_module is on the meta device. Make it without device='meta'."
             )
         return Captured(tensor)
 

@@ -76,6 +76,10 @@ class Recording:
         """Sharded parameters took the place of these."""
         self._done |= storages
 
+    def reopen(self, storages: set[int]) -> None:
+        """Somebody else holds these too, and wants memory for them."""
+        self._done -= storages
+
     def waits(self) -> bool:
         """Whether a tensor is alive that still has to be given memory."""
         return any(i not in self._done for i in self._alive())

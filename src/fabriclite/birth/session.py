@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from fabriclite import _torch
 from fabriclite.birth import draws, truncated
@@ -111,9 +112,22 @@ def paused() -> Iterator[None]:
         _go_on_after()
 
 
+def attend(module: nn.Module) -> None:
+    """Look after a module that shares recorded tensors with one that was set up before."""
+    if _Now.recording is None or _Now.after is not None or _Now.recorder is not None:
+        return
+    with _torch.raw():
+        tensors = [t for t in (*module.parameters(), *module.buffers()) if _Now.recording.knows(t)]
+        _Now.recording.reopen({_Now.recording.ref(t).storage for t in tensors})
+    if tensors:
+        _go_on_after()
+
+
 def tidy() -> None:
     """Stop looking after recorded tensors once there are none: it costs every operation a little."""
-    if _Now.after is not None and not _Now.after.recorder.recording.waits():
+    if _Now.after is None or _Now.after.recorder.recording.waits():
+        return
+    if _Now.inference or not torch.is_inference_mode_enabled():  # else torch would ask for what is gone, see below
         _stop_after()
         _forget()
 
@@ -139,7 +153,7 @@ def _forget() -> None:
 
 def _stop_after() -> None:
     if _Now.after is not None:
-        if _Now.inference != torch.is_inference_mode_enabled():
+        if _Now.inference != torch.is_inference_mode_enabled() and _Now.after.recorder.recording.waits():
             # Torch puts back which modes it asks when inference mode ends: taken away inside it, they would be asked
             # for, and put there inside it, not be asked.
             raise SetupOrderError(

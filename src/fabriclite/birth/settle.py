@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from fabriclite.birth import session
 from fabriclite.birth.births import Births, named_tensors
-from fabriclite.errors import MaterializeError
+from fabriclite.errors import MaterializeError, SetupOrderError
 from fabriclite.precision import Precision
 
 M = TypeVar("M", bound=nn.Module)
@@ -33,7 +33,9 @@ def settled(
 
     Raises:
         MaterializeError: a parameter or buffer is on the meta device and so has no value.
+        SetupOrderError: the module was recorded in another thread, or its ``init_module`` has not ended.
     """
+    session.attend(module)
     refuse_meta(module)
     if precision is not None and precision.param_dtype != torch.float32 and not precision.mixed:
         module = module.to(precision.param_dtype) if _all_float32(module) else module
@@ -46,6 +48,12 @@ def settled(
 def refuse_meta(module: nn.Module) -> None:
     """Raise, naming them, if tensors of ``module`` have no memory and were not recorded."""
     empty = [name for name, tensor in named_tensors(module) if not _is_lazy(tensor) and tensor.is_meta]
+    recording = session.current()
+    if recording is not None and empty and any(recording.knows(tensor) for _, tensor in named_tensors(module)):
+        raise SetupOrderError(
+            "`init_module` and setup must be called in one thread, but were in two: what was done to the model in"
+            " between is not known. Call both in one."
+        )
     if empty:
         shown = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
         raise MaterializeError(

@@ -8,18 +8,14 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
-from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fabriclite.birth import twister
-
-_HIDDEN_SEED: Final = 0x5EED_FAB1_11CE
-"""Seeds what a generator holds while its true place is kept here. Any other state was set by the user's code."""
-
-_HIDDEN_OFFSET: Final = 1 << 60
+from fabriclite.birth.tickets import Strayed, Tickets
+from fabriclite.errors import MaterializeError
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,35 +55,54 @@ class Stream:
         self._advance: Callable[[Tensor, int], Tensor] = (
             twister.advanced if generator.device.type == "cpu" else _philox_advanced
         )
-        self._hidden_state = torch.Generator(generator.device).manual_seed(_HIDDEN_SEED).get_state()
-        if generator.device.type != "cpu":  # seed and offset are all there is: an offset that nobody reaches
-            self._hidden_state = _philox_advanced(self._hidden_state, _HIDDEN_OFFSET)
-        self._epochs: list[tuple[list[int], list[Tensor]]] = []
+        self._tickets = Tickets(generator.device)
+        self._places: list[tuple[int, int]] = []
+        """By number of ticket, the epoch and offset that it stands for."""
+        self._left: Tensor | None = None
+        """What the generator was left with; it stands for the true place if ``_hidden``."""
         self._hidden = False
-        self._offset = 0
+        self._epochs: list[tuple[list[int], list[Tensor]]] = []
+        self._epoch, self._offset = 0, 0
         self._lock = Lock()
         self.look()
 
     # -- while recording ---------------------------------------------------------
     def look(self) -> None:
-        """Begin a new epoch if the generator is not where it was left."""
+        """Follow whoever set the generator since it was left.
+
+        Raises:
+            MaterializeError: numbers were drawn from it that nobody saw.
+        """
         state = self.generator.get_state()
-        expected = self._hidden_state if self._hidden else self._here() if self._epochs else None
-        if expected is None or not torch.equal(state, expected):
+        if self._left is not None and torch.equal(state, self._left):
+            return
+        try:
+            ticket = self._tickets.read(state)
+        except Strayed:
+            self._hidden = False
+            self._leave(self._here())
+            raise MaterializeError(
+                "While a model is recorded only its own code must draw from torch's default generator, but another"
+                " thread did. Let that draw before or after, or from a torch.Generator of its own."
+            ) from None
+        if ticket is None:
             self._epochs.append(([0], [state]))
-            self._offset, self._hidden = 0, False
+            self._epoch, self._offset = len(self._epochs) - 1, 0
+        else:  # saved before, and set again
+            self._epoch, self._offset = self._places[ticket]
+        self._hidden, self._left = ticket is not None, state
 
     def draw(self, count: int) -> At:
         """Note a draw of ``count`` numbers, without drawing."""
         self.look()
-        at = At(self, len(self._epochs) - 1, self._offset, count)
+        at = At(self, self._epoch, self._offset, count)
         self._offset += count
-        if not self.lazy:
-            self.generator.set_state(self._here())
-        elif not self._hidden:
-            self._hidden = True
-            self._hidden_state[:8] = self._epochs[-1][1][0][:8]  # `torch.initial_seed()` still answers
-            self.generator.set_state(self._hidden_state)
+        self._hidden = self.lazy
+        if self.lazy:
+            self._places.append((self._epoch, self._offset))
+            self._leave(self._tickets.issue(len(self._places) - 1, self._epochs[self._epoch][1][0]))
+        else:
+            self._leave(self._here())
         return at
 
     def show(self) -> None:
@@ -95,7 +110,11 @@ class Stream:
         self.look()
         if self._hidden:
             self._hidden = False
-            self.generator.set_state(self._here())
+            self._leave(self._here())
+
+    def _leave(self, state: Tensor) -> None:
+        self.generator.set_state(state)
+        self._left = state
 
     def held(self) -> Held:
         """Note a draw of unknown length; the caller then draws it for real."""
@@ -108,7 +127,7 @@ class Stream:
         self.look()
         if self.generator.device.type != "cpu":
             return False
-        return twister.keeps_a_normal(self._epochs[-1][1][0])
+        return twister.keeps_a_normal(self._epochs[self._epoch][1][0])
 
     # -- while replaying, from any thread -----------------------------------------
     def state_at(self, epoch: int, offset: int) -> Tensor:
@@ -128,7 +147,7 @@ class Stream:
         return [states[0] for _, states in self._epochs]
 
     def _here(self) -> Tensor:
-        return self.state_at(len(self._epochs) - 1, self._offset)
+        return self.state_at(self._epoch, self._offset)
 
 
 def _philox_advanced(state: Tensor, count: int) -> Tensor:

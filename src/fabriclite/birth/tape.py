@@ -73,10 +73,10 @@ class Captured:
     __slots__ = ("_tensor", "_version")
 
     def __init__(self, tensor: Tensor) -> None:
-        tensor = tensor.detach()
         small = tensor.numel() <= _SMALL
         self._version: int | None = None if small else _torch.version(tensor)
-        self._tensor = tensor.clone() if small else tensor
+        # the very object: what is detached here, below autograd, would have a version of its own
+        self._tensor = tensor.detach().clone() if small else tensor
 
     def value(self) -> Tensor:
         """The tensor.
@@ -89,7 +89,7 @@ class Captured:
                 f"A tensor of shape {tuple(self._tensor.shape)} that a recorded model was given must stay as it was"
                 " until setup, but was changed in place. Pass a copy: tensor.clone()."
             )
-        return self._tensor
+        return self._tensor.detach()
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -37,6 +37,13 @@ def advanced(state: Tensor, draws: int) -> Tensor:
     return _written(state, _block_after(words, blocks), place)
 
 
+def follows(state: Tensor, earlier: Tensor, blocks: int) -> bool:
+    """Whether ``state`` is ``earlier`` some numbers later: in one of the next ``blocks`` blocks of 624."""
+    words, _ = _read(state)
+    generator = _stepper(_read(earlier)[0])
+    return any(np.array_equal(_walked(generator, 1), words) for _ in range(blocks))
+
+
 def keeps_a_normal(state: Tensor) -> bool:
     """Whether the generator holds the second of a pair of float64 normals, which the next draw of one would take."""
     return bool(state.numpy()[5040:5044].view(np.int32)[0])

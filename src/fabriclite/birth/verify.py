@@ -4,7 +4,7 @@ Every rank looks at its own part of every tensor; what all saw is compared, in n
 """
 
 import hashlib
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,8 +18,8 @@ from fabriclite.birth.tape import Ref
 
 Where = tuple[tuple[int, int], ...]
 """Which part of a tensor: ``(start, length)`` in every dimension, or one pair for a flat part."""
-Parts = Mapping[str, tuple[Tensor, Where]]
-"""By name, this rank's part of every parameter and buffer."""
+Parts = Mapping[str, tuple[Tensor, Where | None]]
+"""By name, this rank's part of every parameter and buffer; ``None`` for a plain tensor, which no library cut."""
 
 Column = np.ndarray[Any, np.dtype[np.int64]]
 _SEGMENTS: Final = 16
@@ -35,7 +35,7 @@ class Promise:
     Attributes:
         kind: its class's name.
         statistics: names of buffers that follow each rank's own data, as those of BatchNorm do.
-        dtypes: by name of parameter or buffer.
+        dtypes, shapes: by name of parameter or buffer.
         ties: names that are one parameter.
         random: names of parameters whose values were drawn one by one, so that no two parts are equal.
     """
@@ -43,6 +43,7 @@ class Promise:
     kind: str
     statistics: frozenset[str]
     dtypes: Mapping[str, torch.dtype]
+    shapes: Mapping[str, tuple[int, ...]]
     ties: Sequence[Sequence[str]]
     random: frozenset[str]
 
@@ -52,6 +53,7 @@ class Promise:
             kind=type(module).__name__,
             statistics=frozenset(_statistics(module)),
             dtypes={name: tensor.dtype for name, tensor in named_tensors(module)},
+            shapes={name: tuple(tensor.shape) for name, tensor in named_tensors(module) if not _is_lazy(tensor)},
             ties=ties_of(module),
             random=births.random_names(),
         )
@@ -64,6 +66,10 @@ def _statistics(module: nn.Module) -> Iterator[str]:
             yield from (f"{prefix}.{name}" if prefix else name for name in names)
 
 
+def _is_lazy(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer)
+
+
 def ties_of(module: nn.Module) -> list[list[str]]:
     """Names that are one parameter or buffer."""
     names: dict[int, list[str]] = {}
@@ -73,8 +79,9 @@ def ties_of(module: nn.Module) -> list[list[str]]:
 
 
 _COLUMNS: Final = 3
-_NO_MEMORY, _UNWRITTEN, _TELLING = 1, 2, 4
-"""Flags: without memory; left as it was handed out; of so many values that random ones are equal by no chance."""
+_NO_MEMORY, _UNWRITTEN, _TELLING, _OWN = 1, 2, 4, 8
+"""Flags: without memory; left as it was handed out; of so many values that random ones are equal by no chance; cut by
+the user's hand, so that nobody else can say which part it is."""
 
 
 def own_findings(promise: Promise, parts: Parts, tied: Sequence[Sequence[str]]) -> list[str]:
@@ -107,18 +114,21 @@ def of_all(told: Sequence[tuple[bytes, Sequence[str]]]) -> list[str]:
     return [f"{finding} (rank {rank})" for finding, rank in first.items()]
 
 
-def look(parts: Parts, random: Container[str]) -> Tensor:
+def look(parts: Parts, promise: Promise) -> Tensor:
     """Look at this rank's parts: two passes over memory.
 
     Args:
         parts: of every tensor.
-        random: names of those that no two ranks may have drawn alike.
+        promise: what the module was.
 
     Returns:
         int64 of shape ``(names, 3)``: which part, digest of the bytes, flags. The same names in the same order on every
         rank, see :func:`names_digest`.
     """
-    rows = [_look(tensor.detach(), where, name in random) for name, (tensor, where) in parts.items()]
+    rows = [
+        _look(tensor.detach(), where, promise.shapes.get(name), name in promise.random)
+        for name, (tensor, where) in parts.items()
+    ]
     return torch.tensor(rows, dtype=torch.int64).view(len(rows), _COLUMNS)
 
 
@@ -127,14 +137,15 @@ def names_digest(parts: Parts) -> bytes:
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).digest()
 
 
-def _look(tensor: Tensor, where: Where, random: bool) -> tuple[int, int, int]:
+def _look(tensor: Tensor, where: Where | None, shape: tuple[int, ...] | None, random: bool) -> tuple[int, int, int]:
+    own = where is None and shape is not None and tuple(tensor.shape) != shape
     if tensor.is_meta:
         return _short(repr(where)), 0, _NO_MEMORY
     unwritten = tensor.numel() > 0 and replay.poisoned(tensor.untyped_storage(), Ref.of(0, tensor))
     # Parts of one value, as of an initialisation with a gain of 0, are equal and tell nothing.
     values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     telling = random and tensor.numel() >= _ENOUGH and bool(values.amin() != values.amax())
-    flags = _UNWRITTEN * unwritten + _TELLING * telling
+    flags = _UNWRITTEN * unwritten + _TELLING * telling + _OWN * own
     return _short(repr(where)), _short(repr((str(tensor.dtype), tuple(tensor.shape), digest(tensor)))), flags
 
 
@@ -179,6 +190,8 @@ def _problem(where: Column, digests: Column, flags: Column, alike: bool) -> str 
         return f"has no memory on rank {nowhere[0]}: nothing gave it its value"
     if (unwritten := np.flatnonzero(flags & _UNWRITTEN)).size:
         return f"holds memory on rank {unwritten[0]} that was never written"
+    if (flags & _OWN).any():
+        return None
     _, first, part = np.unique(where, return_index=True, return_inverse=True)
     if alike and (odd := np.flatnonzero(digests != digests[first[part]])).size:
         return f"should be the same on ranks {first[part[odd[0]]]} and {odd[0]}, and is not"

@@ -81,7 +81,7 @@ def make_scaler(world: World, precision: Precision) -> GradScaler:
 def local_parts(module: nn.Module) -> Parts:
     """This rank's part of every tensor of ``module``, and which part it is."""
     return {
-        name: (shards.local(t), shards.box(t) if isinstance(t, DTensor) else tuple((0, n) for n in t.shape))
+        name: (shards.local(t), shards.box(t) if isinstance(t, DTensor) else None)
         for name, t in named_tensors(module)
         if not isinstance(t, nn.UninitializedParameter | nn.UninitializedBuffer)
     }

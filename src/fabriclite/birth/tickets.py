@@ -1,0 +1,65 @@
+"""What a generator holds while its true place is kept elsewhere: a state that stands for a number.
+
+User code may save it and set it again, and is then understood. Numbers that somebody draws from it are noticed.
+"""
+
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fabriclite.birth import twister
+
+_SEED: Final = 0x5EED_FAB1_11CE
+_FAR: Final = 1 << 60
+"""Offset of a CUDA generator's counter that nobody reaches."""
+_APART: Final = 1 << 24
+_BLOCKS: Final = 256
+"""Blocks of 624 numbers up to which a draw from a ticket is noticed."""
+
+
+class Strayed(Exception):
+    """Numbers were drawn from a ticket: by code that no mode sees, such as another thread's."""
+
+
+class Tickets:
+    """Of one device's generators."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cpu = device.type == "cpu"
+        self._form = torch.Generator(device).manual_seed(_SEED).get_state()
+        self._last = self._form
+
+    def issue(self, number: int, like: Tensor) -> Tensor:
+        """A state for ``number``, with the seed of the state ``like``: ``torch.initial_seed()`` still answers."""
+        state = self._form.clone()
+        state[:8] = like[:8]
+        if self._cpu:
+            state.numpy()[24:32].view(np.uint64)[0] = number
+        else:
+            state.numpy()[8:16].view(np.int64)[0] = _FAR + number * _APART
+        self._last = state
+        return state
+
+    def read(self, state: Tensor) -> int | None:
+        """The number that ``state`` stands for; ``None`` if it is a generator's own.
+
+        Raises:
+            Strayed: it was a ticket, and was drawn from.
+        """
+        if not self._cpu:
+            beyond = int(state.numpy()[8:16].view(np.int64)[0]) - _FAR
+            if beyond < 0:
+                return None
+            number, drawn = divmod(beyond, _APART)
+            if drawn:
+                raise Strayed
+            return number
+        if torch.equal(state[32:5016], self._form[32:5016]):
+            if not torch.equal(state[8:24], self._form[8:24]):
+                raise Strayed
+            return int(state.numpy()[24:32].view(np.uint64)[0])
+        if twister.follows(state, self._last, _BLOCKS):
+            raise Strayed
+        return None
