@@ -1,6 +1,8 @@
 """The walls of the house, read from the code: floors, owners, sizes. See docs/architecture.md."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -150,3 +152,11 @@ def test_strategies_are_final_and_flat() -> None:
     for cls in (DDP, DeepSpeed, FSDP, SingleDevice, TensorParallel):
         assert cls.__bases__ == (Strategy,)
         assert getattr(cls, "__final__", False)
+
+
+def test_importing_is_cheap() -> None:
+    """DTensor alone takes 0.6 s; what a script does not use it does not pay for."""
+    code = "import fabriclite, sys; print([m for m in sys.argv[1:] if m in sys.modules])"
+    heavy = ["torch.distributed.tensor", "torch._dynamo", "deepspeed", "transformers", "tensorboard", "matplotlib"]
+    done = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"

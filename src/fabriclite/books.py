@@ -2,17 +2,19 @@
 
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.optim import Optimizer
 
 from fabriclite import optim
-from fabriclite.birth.verify import Promise
 from fabriclite.errors import ConfigError, SetupOrderError
 from fabriclite.module import FabricModule, unwrap
 from fabriclite.strategy import Strategy
+
+if TYPE_CHECKING:
+    from fabriclite.birth.verify import Promise
 
 
 class Books:
@@ -81,7 +83,7 @@ class Books:
         return found
 
     # -- entries -----------------------------------------------------------------
-    def enter_module(self, pane: FabricModule, bindings: Mapping[int, optim.Binding], promise: Promise) -> None:
+    def enter_module(self, pane: FabricModule, bindings: Mapping[int, optim.Binding], promise: "Promise") -> None:
         module = unwrap(pane)
         self._panes[module] = weakref.ref(pane)
         self._bindings[module] = bindings
@@ -121,7 +123,7 @@ class Books:
             )
         return self._engine_behind(unwrap(module))
 
-    def promise(self, module: nn.Module) -> Promise:
+    def promise(self, module: nn.Module) -> "Promise":
         """What a module was when it was set up."""
         return self._promises[unwrap(module)]
 

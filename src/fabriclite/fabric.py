@@ -12,10 +12,8 @@ from torch.utils.data import DataLoader
 
 from fabriclite import _torch, arguments, collectives, optim, seed
 from fabriclite import data as loaders
-from fabriclite.birth import session, verify
+from fabriclite.birth import session
 from fabriclite.birth.plan import enter
-from fabriclite.birth.settle import settled
-from fabriclite.birth.verify import Promise
 from fabriclite.books import Books
 from fabriclite.errors import ConfigError, MaterializeError, SetupOrderError
 from fabriclite.launch import process_group, workers
@@ -27,6 +25,7 @@ from fabriclite.strategy import Strategy, StrategyConfig
 from fabriclite.world import World
 
 if TYPE_CHECKING:
+    from fabriclite.birth.verify import Promise
     from fabriclite.checkpoint.parts import Part
 
 T = TypeVar("T")
@@ -228,6 +227,8 @@ class Fabric:
         Raises:
             MaterializeError: a parameter has no value.
         """
+        from fabriclite.birth.settle import settled
+
         if not isinstance(module, nn.Module):
             raise ConfigError(f"`module` must be a torch.nn.Module, but is {type(module).__name__}.")
         with settled(module, None, None) as (module, births):
@@ -258,6 +259,9 @@ class Fabric:
             ConfigError: an argument is of the wrong kind, or an optimizer steps other parameters.
             MaterializeError: a parameter has no value.
         """
+        from fabriclite.birth.settle import settled
+        from fabriclite.birth.verify import Promise
+
         strategy = self._running
         self._books.check_module(module)
         self._books.check_optimizers(optimizers, module)
@@ -301,7 +305,9 @@ class Fabric:
         self._running.hand_out(engine)
         self._verify(engine, self._books.promise(module), at_birth=False)
 
-    def _verify(self, engine: nn.Module, promise: Promise, at_birth: bool) -> None:
+    def _verify(self, engine: nn.Module, promise: "Promise", at_birth: bool) -> None:
+        from fabriclite.birth import verify
+
         parts = self._running.local_parts(engine)
         own = verify.own_findings(promise, parts, verify.ties_of(self._running.user_module(engine)))
         told = collectives.gather_objects(self._world, (verify.names_digest(parts), own))

@@ -4,18 +4,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from fabriclite.birth.births import Births
 from fabriclite.birth.plan import InitPlan
-from fabriclite.birth.verify import Parts
 from fabriclite.precision import Precision, PrecisionName
 from fabriclite.world import World
+
+if TYPE_CHECKING:
+    from fabriclite.birth.births import Births
+    from fabriclite.birth.verify import Parts
 
 StartMethod = Literal["auto", "popen", "spawn", "fork", "forkserver"]
 Finish = Callable[[Any], Any]
@@ -51,7 +53,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def setup(
-        self, module: nn.Module, births: Births, optimizers: Sequence[Optimizer]
+        self, module: nn.Module, births: "Births", optimizers: Sequence[Optimizer]
     ) -> tuple[nn.Module, list[Optimizer]]:
         """Spread ``module`` over the world in place, and let ``births`` fill what has no memory.
 
@@ -66,7 +68,7 @@ class Strategy(ABC):
         """The user's own module inside an engine."""
 
     @abstractmethod
-    def local_parts(self, engine: nn.Module) -> Parts:
+    def local_parts(self, engine: nn.Module) -> "Parts":
         """This rank's part of every parameter and buffer."""
 
     @abstractmethod

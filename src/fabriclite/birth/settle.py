@@ -5,11 +5,12 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from fabriclite.birth import session
-from fabriclite.birth.births import Births, named_tensors
+from fabriclite.birth.births import Births
+from fabriclite.birth.places import is_lazy, named_tensors
 from fabriclite.errors import MaterializeError, SetupOrderError
 from fabriclite.precision import Precision
 
@@ -47,7 +48,7 @@ def settled(
 
 def refuse_meta(module: nn.Module) -> None:
     """Raise, naming them, if tensors of ``module`` have no memory and were not recorded."""
-    empty = [name for name, tensor in named_tensors(module) if not _is_lazy(tensor) and tensor.is_meta]
+    empty = [name for name, tensor in named_tensors(module) if not is_lazy(tensor) and tensor.is_meta]
     recording = session.current()
     if recording is not None and empty and any(recording.knows(tensor) for _, tensor in named_tensors(module)):
         raise SetupOrderError(
@@ -60,10 +61,6 @@ def refuse_meta(module: nn.Module) -> None:
             f"{shown} must have a value, but {'is' if len(empty) == 1 else 'are'} on the meta device."
             " Build the module inside `with fabric.init_module():` instead of under `torch.device('meta')`."
         )
-
-
-def _is_lazy(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer)
 
 
 def _all_float32(module: nn.Module) -> bool:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fabriclite.birth import replay
-from fabriclite.birth.births import Births, named_tensors
+from fabriclite.birth.births import Births
+from fabriclite.birth.places import is_lazy, named_tensors
 from fabriclite.birth.tape import Ref
 
 Where = tuple[tuple[int, int], ...]
@@ -53,7 +54,7 @@ class Promise:
             kind=type(module).__name__,
             statistics=frozenset(_statistics(module)),
             dtypes={name: tensor.dtype for name, tensor in named_tensors(module)},
-            shapes={name: tuple(tensor.shape) for name, tensor in named_tensors(module) if not _is_lazy(tensor)},
+            shapes={name: tuple(tensor.shape) for name, tensor in named_tensors(module) if not is_lazy(tensor)},
             ties=ties_of(module),
             random=births.random_names(),
         )
@@ -64,10 +65,6 @@ def _statistics(module: nn.Module) -> Iterator[str]:
         names = {name for name, _ in sub.named_buffers(recurse=False)}
         if {"running_mean", "running_var"} <= names:
             yield from (f"{prefix}.{name}" if prefix else name for name in names)
-
-
-def _is_lazy(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer)
 
 
 def ties_of(module: nn.Module) -> list[list[str]]:

@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from fabriclite import _torch, gradients, optim, shards
-from fabriclite.birth.births import Births, has_memory, named_tensors
+from fabriclite.birth.births import Births, has_memory
+from fabriclite.birth.places import named_tensors
 from fabriclite.birth.verify import Parts
 from fabriclite.collectives import broadcast_tensor_, gather_objects
 from fabriclite.errors import CheckpointError, MaterializeError
