@@ -47,6 +47,11 @@ def test_the_documented_table_is_the_code() -> None:
     assert documented == actual
 
 
+def test_what_has_no_known_random_stream_is_not_recorded() -> None:
+    plan = InitPlan.of(record=True, device=torch.device("mps"), dtype=torch.float32)
+    assert plan.birth is Birth.INITIALISED
+
+
 def test_init_module_is_inert_until_entered() -> None:  # peers row 5
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-true")
     context = fabric.init_module()

@@ -34,6 +34,12 @@ class InitPlan:
     device: torch.device
     dtype: torch.dtype
 
+    @classmethod
+    def of(cls, *, record: bool, device: torch.device, dtype: torch.dtype) -> "InitPlan":
+        """``record``: whether the strategy gains from it. Random streams are known of CPU and CUDA devices alone."""
+        birth = Birth.RECORDED if record and device.type in session.RECORDABLE else Birth.INITIALISED
+        return cls(birth=birth, device=device, dtype=dtype)
+
 
 @contextmanager
 def enter(plan: InitPlan) -> Iterator[None]:

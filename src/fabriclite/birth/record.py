@@ -15,6 +15,8 @@ from fabriclite.birth.tape import Captured, Op, Ref
 from fabriclite.errors import MaterializeError
 
 _META: Final = torch.device("meta")
+RECORDABLE: Final = ("cpu", "cuda")
+"""Kinds of devices whose random streams are known."""
 _NEEDS_VALUES: Final = (NotImplementedError, RuntimeError, IndexError, TypeError, ValueError)
 """What operations raise on the meta device when their result depends on values."""
 
@@ -61,6 +63,9 @@ class Recorder(_torch.DispatchMode):  # type: ignore[no-untyped-call]
     def _makes(self, known: facts.Facts, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> bool:
         """Whether something new comes onto the tape: a tensor made of nothing, or brought beside a recorded one."""
         if not known.has("device") or self.meta_is_meant:
+            return False
+        device = kwargs.get("device")
+        if device is not None and device != _META and torch.device(device).type not in RECORDABLE:
             return False
         beside_recorded = kwargs.get("device") == _META  # torch's own code does this, to index for example
         if args and isinstance(args[0], list | tuple) and 0 in args[0] and not beside_recorded:

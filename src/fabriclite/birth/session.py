@@ -10,6 +10,7 @@ from torch import nn
 from fabriclite import _torch
 from fabriclite.birth import draws, truncated
 from fabriclite.birth.answers import Answers
+from fabriclite.birth.record import RECORDABLE as RECORDABLE
 from fabriclite.birth.record import Recorder
 from fabriclite.birth.recording import Recording
 from fabriclite.errors import SetupOrderError

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from fabriclite import _torch, optim_state
 from fabriclite.birth.births import Births
-from fabriclite.birth.plan import Birth, InitPlan
+from fabriclite.birth.plan import InitPlan
 from fabriclite.birth.verify import Parts
 from fabriclite.errors import SetupOrderError
 from fabriclite.precision import Precision
@@ -60,8 +60,7 @@ class DDP(Strategy):
 
     @override
     def plan_init(self, empty_init: bool | None) -> InitPlan:
-        birth = Birth.RECORDED if empty_init else Birth.INITIALISED
-        return InitPlan(birth=birth, device=self.world.device, dtype=self.precision.param_dtype)
+        return InitPlan.of(record=bool(empty_init), device=self.world.device, dtype=self.precision.param_dtype)
 
     @override
     def home(self, move_to_device: bool) -> torch.device | None:

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from fabriclite import _torch, gradients
 from fabriclite.birth.births import Births
-from fabriclite.birth.plan import Birth, InitPlan
+from fabriclite.birth.plan import InitPlan
 from fabriclite.birth.verify import Parts
 from fabriclite.errors import ConfigError, SetupOrderError
 from fabriclite.launch.environment import prepare_for_deepspeed
@@ -65,8 +65,8 @@ class DeepSpeed(Strategy):
 
     @override
     def plan_init(self, empty_init: bool | None) -> InitPlan:
-        birth = Birth.RECORDED if empty_init or (empty_init is None and self.config.stage == 3) else Birth.INITIALISED
-        return InitPlan(birth=birth, device=self.world.device, dtype=self.precision.param_dtype)
+        record = bool(empty_init) or (empty_init is None and self.config.stage == 3)
+        return InitPlan.of(record=record, device=self.world.device, dtype=self.precision.param_dtype)
 
     @override
     def home(self, move_to_device: bool) -> torch.device | None:

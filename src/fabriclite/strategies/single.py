@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from fabriclite import optim_state
 from fabriclite.birth.births import Births
-from fabriclite.birth.plan import Birth, InitPlan
+from fabriclite.birth.plan import InitPlan
 from fabriclite.birth.verify import Parts
 from fabriclite.precision import Precision
 from fabriclite.strategies import _shared
@@ -39,8 +39,7 @@ class SingleDevice(Strategy):
 
     @override
     def plan_init(self, empty_init: bool | None) -> InitPlan:
-        birth = Birth.RECORDED if empty_init else Birth.INITIALISED
-        return InitPlan(birth=birth, device=self.world.device, dtype=self.precision.param_dtype)
+        return InitPlan.of(record=bool(empty_init), device=self.world.device, dtype=self.precision.param_dtype)
 
     @override
     def home(self, move_to_device: bool) -> torch.device | None:
