@@ -135,8 +135,9 @@ class Answers(TorchFunctionMode):
             device = torch.device("cuda" if which is None else which)
             dtype, copy, layout = None, False, kwargs.get("memory_format")
         else:
-            copy = kwargs.pop("copy", args[3] if len(args) > 3 else False)
-            args = args[:3]
+            place = 3 if args and not isinstance(args[0], torch.dtype | Tensor) else 2  # to(device, dtype, wait, copy)
+            copy = kwargs.pop("copy", args[place] if len(args) > place else False)
+            args = args[:place]
             other = args[0] if args else kwargs.pop("other", None)
             if isinstance(other, Tensor):
                 args = (other.device, other.dtype, *args[1:])
