@@ -87,7 +87,7 @@ OWNERS = [
     ("set_default_dtype", ("birth",)),
     (".is_meta", ("birth",)),
     ("import deepspeed", ("strategies.deepspeed", "strategies._zero")),
-    ("from deepspeed", ("strategies._zero",)),
+    ("from deepspeed", ("strategies._zero", "strategies.deepspeed")),
     ("torch.load(", ("checkpoint",)),
     ("torch.save(", ("checkpoint",)),
     ("init_process_group", ("launch.process_group",)),

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import multiprocessing as mp
 import os
 import signal
@@ -493,3 +494,20 @@ def test_public_names() -> None:
     public: dict[str, Callable[..., Any]] = {}
     exec("from fabriclite import *", public)
     assert set(names) <= set(public)
+
+
+def trains_with_zero(fabric: Any) -> float:
+    module = torch.nn.Linear(3, 2)
+    model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
+    fabric.backward(model(torch.ones(2, 3)).sum())
+    optimizer.step()
+    return float(model(torch.ones(1, 3)).sum())
+
+
+def test_deepspeed_in_a_second_group() -> None:
+    """As in a notebook: DeepSpeed itself keeps a group that is gone."""
+    first = run(trains_with_zero, "zero3", 1)
+    torch.distributed.destroy_process_group()
+    second = run(trains_with_zero, "zero3", 1)
+    assert math.isfinite(first)
+    assert math.isfinite(second)

@@ -328,6 +328,17 @@ def engine_config(config: DeepSpeedStrategy, precision: Precision, numel: int) -
     return document
 
 
+def _forget_old_groups() -> None:
+    """DeepSpeed 0.19 keeps its copy of the world's group for the life of the process, also when that group is gone."""
+    from deepspeed.utils import groups
+
+    if groups._WORLD_GROUP is not None:
+        try:
+            torch.distributed.get_rank(groups._WORLD_GROUP)
+        except ValueError:  # of a process group that was destroyed
+            groups._WORLD_GROUP = None
+
+
 def _import_deepspeed(world: World) -> Any:
     """Import deepspeed, quietly and for this device, on the process group that exists.
 
@@ -351,5 +362,6 @@ def _import_deepspeed(world: World) -> Any:
     if world.device.type == "cpu":
         # Else init_distributed compiles a shared-memory all-reduce with the C++ compiler: 23 to 106 s.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _forget_old_groups()
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
     return deepspeed
