@@ -7,11 +7,10 @@ from typing import Any, Final
 
 import torch
 
-LIKE: Final = frozenset(
+METADATA_ONLY: Final = frozenset(
     {"zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like"}
     | {"new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"}
 )
-METADATA_ONLY: Final = LIKE
 """Reads of its tensor argument nothing but shape, dtype and device."""
 
 UNWRITTEN: Final = frozenset(

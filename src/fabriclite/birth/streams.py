@@ -142,10 +142,6 @@ class Stream:
                 place += 1
             return states[place]
 
-    def beginnings(self) -> list[Tensor]:
-        """The state at the beginning of each epoch."""
-        return [states[0] for _, states in self._epochs]
-
     def _here(self) -> Tensor:
         return self.state_at(self._epoch, self._offset)
 
