@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from fabriclite import _torch, shards
 from fabriclite.birth import replay, session
 from fabriclite.birth.fill import Goal, Send, Whole, fill, fill_from_first
-from fabriclite.birth.places import Place, give_lazy_ones_a_device, places_of, replace
+from fabriclite.birth.places import Place, give_lazy_ones_a_device, listed, places_of, replace
 from fabriclite.birth.recording import Recording
 from fabriclite.birth.streams import At, Held
 from fabriclite.birth.tape import Captured, Ref
@@ -73,7 +73,7 @@ class Births:
                 bad += [p.name for p in held if replay.poisoned(memory, p.ref)]
         if bad:
             raise MaterializeError(
-                f"{_listed(bad)} must be loaded or initialised, but {'was' if len(bad) == 1 else 'were'} left as"
+                f"{listed(bad)} must be loaded or initialised, but {'was' if len(bad) == 1 else 'were'} left as"
                 " torch.empty made it, in part or whole. Write its first values in __init__ (torch.zeros,"
                 " torch.nn.init), or load them before setup: model.load_state_dict(...), fabric.load_raw(path, model)."
             )
@@ -259,7 +259,3 @@ def _changed(name: str, held: Tensor) -> str:
         " from it or put in its place, without values. In `parallelize_fn` only cut, distribute and shard; compute"
         " before setup, or build with fabric.init_module(empty_init=False)."
     )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

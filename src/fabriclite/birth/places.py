@@ -142,3 +142,8 @@ def _replace(holder: Any, old: Tensor, new: Tensor | None, deep: int) -> None:
             holder[key] = new
         elif deep > 1 and isinstance(value, list | tuple | dict):
             _replace(value, old, new, deep - 1)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first five names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

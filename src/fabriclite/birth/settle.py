@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from fabriclite.birth import session
 from fabriclite.birth.births import Births
-from fabriclite.birth.places import is_lazy, named_tensors
+from fabriclite.birth.places import is_lazy, listed, named_tensors
 from fabriclite.errors import MaterializeError, SetupOrderError
 from fabriclite.precision import Precision
 
@@ -56,9 +56,8 @@ def refuse_meta(module: nn.Module) -> None:
             " between is not known. Call both in one."
         )
     if empty:
-        shown = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
         raise MaterializeError(
-            f"{shown} must have a value, but {'is' if len(empty) == 1 else 'are'} on the meta device."
+            f"{listed(empty)} must have a value, but {'is' if len(empty) == 1 else 'are'} on the meta device."
             " Build the module inside `with fabric.init_module():` instead of under `torch.device('meta')`."
         )
 
