@@ -13,10 +13,10 @@ SRC = Path(fabriclite.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 FLOORS = {
     0: ("errors", "precision", "world", "devices", "_torch"),
-    1: ("birth", "shards", "seed"),
-    2: ("strategy", "collectives", "gradients", "optim", "optim_state", "data", "checkpoint.parts", "launch"),
+    1: ("birth", "boxes", "shards", "stored", "stretch", "seed"),
+    2: ("strategy", "module_state", "collectives", "gradients", "optim", "optim_state", "data", "checkpoint.parts", "launch"),
     3: ("strategies", "module", "checkpoint"),
-    4: ("registry", "arguments", "books"),
+    4: ("registry", "arguments", "books", "checks", "entries"),
     5: ("fabric",),
     6: ("",),
 }

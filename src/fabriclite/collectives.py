@@ -39,8 +39,10 @@ def barrier(world: World) -> None:
             dist.barrier()
 
 
-def broadcast(world: World, obj: T, src: int = 0) -> T:
+def broadcast(world: World, obj: T, src: int = 0, group: Any = None) -> T:
     """Every rank gets ``obj`` of rank ``src``: a tensor, or anything that can be pickled.
+
+    ``group``: another group of all ranks; the default is the process's.
 
     Raises:
         ConfigError: ``src`` is no rank of the world.
@@ -51,7 +53,7 @@ def broadcast(world: World, obj: T, src: int = 0) -> T:
         return obj
     # A device tensor would come back on the sender's device index, on every rank.
     box: list[Any] = [tree_map(_Travelling.of, obj) if world.rank == src else None]
-    dist.broadcast_object_list(box, src=src, device=torch.device("cpu"))
+    dist.broadcast_object_list(box, src=src, group=group, device=torch.device("cpu"))
     return tree_map(lambda leaf: leaf.arrive(world) if isinstance(leaf, _Travelling) else leaf, box[0])  # type: ignore[no-any-return]
 
 
@@ -159,12 +161,12 @@ def _gather_leaf(world: World, leaf: Any, sync_grads: bool, group: Any) -> Any:
     return torch.stack(slices).to(tensor.dtype)
 
 
-def gather_objects(world: World, obj: T) -> list[T]:
-    """``obj`` of every rank, in rank order, on every rank. Anything that can be pickled."""
+def gather_objects(world: World, obj: T, group: Any = None) -> list[T]:
+    """``obj`` of every rank, in rank order, on every rank. Anything that can be pickled. ``group``: of all ranks."""
     if world.size == 1:
         return [obj]
     box: list[Any] = [None] * world.size
-    dist.all_gather_object(box, obj)
+    dist.all_gather_object(box, obj, group=group)
     return box
 
 

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from fabriclite import _torch, arguments, collectives, optim, seed
+from fabriclite import _torch, arguments, checks, collectives, optim, seed
 from fabriclite import data as loaders
 from fabriclite.birth import session
 from fabriclite.birth.plan import enter
 from fabriclite.books import Books
-from fabriclite.errors import ConfigError, MaterializeError, SetupOrderError
+from fabriclite.checkpoint.saving import Saver
+from fabriclite.errors import ConfigError, SetupOrderError
 from fabriclite.launch import process_group, workers
 from fabriclite.launch.choose import Situation, choose
 from fabriclite.module import FabricModule
@@ -25,8 +26,11 @@ from fabriclite.strategy import Strategy, StrategyConfig
 from fabriclite.world import World
 
 if TYPE_CHECKING:
-    from fabriclite.birth.verify import Promise
+    from fabriclite.checkpoint.export import Safetensors
     from fabriclite.checkpoint.parts import Part
+    from fabriclite.checkpoint.raw import LoadReport
+    from fabriclite.checkpoint.saving import SaveHandle
+    from fabriclite.checkpoint.session import Format
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -84,6 +88,7 @@ class Fabric:
         arguments.check_precision(self._precision, self._config)
         self._num_nodes = num_nodes
         self._books = Books()
+        self._saver = Saver()
         # None: other processes are still to be started by `launch`.
         self._strategy: Strategy | None = None
         if arguments.is_launched() or self._world.size == 1:
@@ -277,7 +282,7 @@ class Fabric:
             promise, born = Promise.of(module, births), bool(births)
             engine, stepping = strategy.setup(module, births, optimizers)
             if strategy.sharded and born:
-                self._verify(engine, promise, at_birth=True)
+                checks.verify(strategy, engine, promise, at_birth=True)
             pane = FabricModule(engine, strategy)
             self._books.enter_module(pane, bindings, promise)
             for before, after in zip(optimizers, stepping, strict=True):
@@ -303,24 +308,7 @@ class Fabric:
         """
         engine = self._books.engine(module)
         self._running.hand_out(engine)
-        self._verify(engine, self._books.promise(module), at_birth=False)
-
-    def _verify(self, engine: nn.Module, promise: "Promise", at_birth: bool) -> None:
-        from fabriclite.birth import verify
-
-        parts = self._running.local_parts(engine)
-        own = verify.own_findings(promise, parts, verify.ties_of(self._running.user_module(engine)))
-        told = collectives.gather_objects(self._world, (verify.names_digest(parts), own))
-        found = verify.of_all(told)
-        if len({names for names, _ in told}) == 1:
-            looks = collectives.all_gather(self._world, verify.look(parts, promise).to(self.device))
-            found += verify.findings(promise, list(parts), looks, at_birth)
-        if found:
-            raise MaterializeError(
-                f"The {promise.kind} must hold the values that its code gives, on every rank, but:"
-                f" {'; '.join(found)}. Build it inside init_module, set it up, and change it only through what setup"
-                " returned."
-            )
+        checks.verify(self._running, engine, self._books.promise(module), at_birth=False)
 
     def setup_module(self, module: nn.Module, move_to_device: bool = True) -> Any:
         """Spread a module over the processes; make its optimizers after, and pass them to :meth:`setup_optimizers`."""
@@ -490,79 +478,111 @@ class Fabric:
         path: str | Path,
         state: dict[str, Any],
         filter: Mapping[str, Callable[[str, Any], bool]] | None = None,
-    ) -> None:
+        *,
+        format: "Format | Safetensors | None" = None,
+        keep_last: int | None = None,
+        asynchronous: bool = False,
+    ) -> "SaveHandle | None":
         """Write a checkpoint of modules, optimizers, anything with ``state_dict``, and plain values.
 
-        Every rank must call this. Sharding strategies write a folder, the others one file; each is loaded by all.
+        Every rank must call this. It is written beside, brought to the disk and looked at, and then takes its name; a
+        process that is killed at any moment leaves the older checkpoint whole.
 
         Args:
-            path: file or folder; an older checkpoint there is replaced once the new one is whole.
+            path: file or folder, local or with a protocol that fsspec knows.
             state: what to save, under names of your choice.
             filter: per name, ``fn(key, value) -> bool``: what of that entry's state to keep.
+            format: ``"folder"`` (every rank writes its part), ``"file"`` (whole tensors, by rank 0) or
+                ``"safetensors"`` (an export of one module for ``from_pretrained``; also ``Safetensors(...)``). ``None``
+                is the strategy's own: a folder where it shards, else a file. Every strategy loads all of them.
+            keep_last: of the checkpoints beside it whose names differ in numbers only, keep so many; ``latest`` beside
+                them leads to this one.
+            asynchronous: return once this rank's part is copied to host memory; the rest goes on beside the training.
+
+        Returns:
+            A handle whose ``wait()`` ends when the checkpoint is whole, if ``asynchronous``; else ``None``.
 
         Raises:
-            ConfigError: ``state`` is no dictionary, or a filter has no entry.
-            CheckpointError: it cannot be written; raised on every rank.
+            ConfigError: ``state`` is no dictionary, a filter has no entry, or arguments contradict each other.
+            CheckpointError: it, or the asynchronous one before it, cannot be written; raised on every rank.
         """
         from fabriclite.checkpoint import session  # torch.distributed.checkpoint costs 0.6 s to import
 
-        session.save(self._running, path, self._parts(state), filter)
+        parts = self._parts(state)
+        order = session.ordered(path, filter, format, keep_last, asynchronous, parts)
+        return session.save(self._running, self._saver, parts, order)
 
     def load(
         self, path: str | Path, state: dict[str, Any] | None = None, strict: bool = True, *, weights_only: bool = True
     ) -> dict[str, Any]:
         """Read a checkpoint, of any strategy, into the objects of ``state``. Every rank must call this.
 
+        All is compared with its checksums, and with the objects, before anything in them changes.
+
         Args:
-            path: what :meth:`save` wrote.
+            path: what :meth:`save` wrote, also ``.../latest``; checkpoints of Lightning Fabric are read too.
             state: the same names with this run's objects. Plain values are replaced in it. ``None`` reads all.
             strict: names must be the same on both sides.
-            weights_only: restore tensors and plain values only; ``False`` may run code from the file. A folder's index
-                (``.metadata``) is torch's and unpickled by torch in either case.
+            weights_only: restore tensors and plain values only; ``False`` may run code from the file.
 
         Returns:
             What the checkpoint holds beyond ``state``, less what is sharded there.
 
         Raises:
-            CheckpointError: it cannot be read, or does not fit; all differing names are listed.
+            CheckpointError: it cannot be read, is damaged, or does not fit; all differing names are listed.
         """
-        from fabriclite.checkpoint import session
+        from fabriclite.checkpoint import loading
 
+        self._saver.wait()
         parts = None if state is None else self._parts(state)
-        return session.load(self._running, path, parts, strict, weights_only)
+        return loading.load(self._running, path, parts, strict, weights_only)
 
     def load_raw(
-        self, path: str | Path, obj: nn.Module | Optimizer, strict: bool = True, *, weights_only: bool = True
-    ) -> None:
-        """Load a file that holds just a state dict, such as ``torch.save(model.state_dict(), path)`` writes.
+        self,
+        path: str | Path,
+        obj: nn.Module | Optimizer,
+        strict: bool = True,
+        *,
+        weights_only: bool = True,
+        rename: Mapping[str, str] | Callable[[str], str] | None = None,
+    ) -> "LoadReport | None":
+        """Load weights alone: a Hugging Face folder, ``.safetensors``, ``.pt``/``.pth``/``.bin``, or our checkpoint.
 
-        Every rank must call this. Each reads only its own part of the file.
+        Every rank must call this. Each reads only its own part of the files. Before :meth:`setup` a model from
+        ``init_module`` just notes where its values lie: setting it up then reads them, and draws only what the files
+        lack. On the CPU whole tensors may use the files' own memory, so files must not be changed in place while the
+        model lives (replacing them is fine).
+
+        Args:
+            path: where the weights are.
+            obj: a module, set up or not, or an optimizer that was set up.
+            strict: names must be the same on both sides; a tied name needs to be there once.
+            weights_only: restore tensors and plain values only; ``False`` may run code from the file.
+            rename: how names in the files become those of the module: regular expressions and their replacements, in
+                order, or a function.
+
+        Returns:
+            For a module, what was loaded, what keeps the values of its own code, and what was ignored.
 
         Raises:
-            CheckpointError: it cannot be read, or does not fit.
+            CheckpointError: it cannot be read, or does not fit; nothing was changed then.
         """
-        from fabriclite.checkpoint import session
+        from fabriclite.checkpoint import raw
+        from fabriclite.checkpoint.agree import Crew
+        from fabriclite.entries import part_of
 
-        session.load_raw(path, self._part({"obj": obj}, "obj"), strict, weights_only)
+        raw.check_rename(rename)
+        self._saver.wait()
+        part = part_of({"obj": obj}, "obj", self._running, self._books)
+        # What was not set up is this process's own business: another rank may not load it at all.
+        together = self._books.knows_module(obj) or self._books.knows_optimizer(obj)
+        agreed = Crew(self._world).on_all if together else _alone
+        return raw.load_raw(path, part, strict, weights_only, rename, agreed)
 
     def _parts(self, state: Any) -> "dict[str, Part]":
-        odd = [key for key in state if not isinstance(key, str)] if isinstance(state, dict) else []
-        if odd or not isinstance(state, dict):
-            found = f"has the key {odd[0]!r}" if odd else f"is {type(state).__name__}"
-            raise ConfigError(f"`state` must be a dictionary with names, such as {{'model': model}}, but {found}.")
-        return {key: self._part(state, key) for key in state}
+        from fabriclite.entries import parts_of
 
-    def _part(self, state: dict[str, Any], key: str) -> "Part":
-        from fabriclite.checkpoint.parts import ModulePart, OptimizerPart, StatefulPart, ValuePart
-
-        value = state[key]
-        if self._books.knows_module(value):
-            return ModulePart(self._running, self._books.engine(value))
-        if self._books.knows_optimizer(value):
-            return OptimizerPart(self._running, self._books.engine_of(value), value)
-        if callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None)):
-            return StatefulPart(value)
-        return ValuePart(state, key)
+        return parts_of(state, self._running, self._books)
 
     # -- small help ------------------------------------------------------------
     def to_device(self, obj: Any) -> Any:
@@ -605,6 +625,10 @@ class Fabric:
     seed_everything = staticmethod(seed.seed_everything)
 
 
+def _alone(act: Callable[[], T], what: str) -> T:
+    return act()
+
+
 def _run_in_worker(
     arguments: dict[str, Any],
     seeds: dict[str, Any],
@@ -613,4 +637,7 @@ def _run_in_worker(
     kwargs: dict[str, Any],
 ) -> T:
     seed.carry_on(seeds)
-    return function(Fabric(**arguments), *args, **kwargs)
+    fabric = Fabric(**arguments)
+    result = function(fabric, *args, **kwargs)
+    fabric._saver.wait()  # this process may end without the interpreter's own waiting
+    return result

@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fabriclite.errors import ConfigError
 from fabriclite.strategy import Finish, Strategy
+from fabriclite.stretch import Stretch
 
 _SLOTS: Final = ("_fl_module", "_fl_engine", "_fl_strategy", "_fl_forward", "_fl_marked")
 _TORCH: Final = frozenset(dir(nn.Module))
@@ -189,7 +190,8 @@ def _state_dict(self: FabricModule, *args: Any, **kwargs: Any) -> Any:
     if args or kwargs:
         self._fl_strategy.hand_out(self._fl_engine)
         return self._fl_module.state_dict(*args, **kwargs)
-    return self._fl_strategy.state_dict(self._fl_engine)
+    state = self._fl_strategy.state_dict(self._fl_engine)
+    return {name: value.gather() if isinstance(value, Stretch) else value for name, value in state.items()}
 
 
 class IncompatibleKeys(NamedTuple):
@@ -213,8 +215,11 @@ def _load_state_dict(
             f"`state_dict` must map names to tensors, but is {type(state_dict).__name__}."
             " For a file, use fabric.load or fabric.load_raw."
         )
-    self._fl_strategy.load_state_dict(self._fl_engine, state_dict, strict)
-    own = self._fl_module.state_dict()
+    from fabriclite import module_state  # its DTensor costs 0.6 s to import
+
+    own = self._fl_strategy.layout(self._fl_engine)
+    module_state.check_fits(own, state_dict, strict)
+    self._fl_strategy.load_state_dict(self._fl_engine, state_dict)
     return IncompatibleKeys([k for k in own if k not in state_dict], [k for k in state_dict if k not in own])
 
 

@@ -1,6 +1,7 @@
 """An optimizer's state by parameter *name*, so that it fits any strategy and any number of ranks."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 from fabriclite.errors import CheckpointError, SetupOrderError
 from fabriclite.optim import params_of
 from fabriclite.shards import full, write
+from fabriclite.stored import Stored
 
 MASTER: Final = "fp32_master"
 """Key of a float32 master weight among a parameter's state: of ZeRO's engines, which keep one beside 16 bits."""
@@ -39,20 +41,54 @@ def named_state(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
     return {"state": state, "param_groups": groups}
 
 
-def load_named_state(optimizer: Optimizer, module: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Put back what :func:`named_state` gave, from full or equally sharded tensors.
+@dataclass(frozen=True, slots=True)
+class OptimizerLayout:
+    """What a saved state has to fit.
 
-    Every value becomes this optimizer's own copy: two optimizers never share a ``step`` counter. All is checked before
-    anything is changed.
+    Attributes:
+        groups: the optimizer's groups.
+        names: of the parameters in each group.
+        shapes: of each parameter that is stepped, whole.
+        state: by name, what it keeps now; empty where it never stepped.
+    """
+
+    groups: Sequence[Mapping[str, Any]]
+    names: Sequence[Sequence[str]]
+    shapes: Mapping[str, torch.Size]
+    state: Mapping[str, Mapping[str, Any]]
+
+
+def layout(optimizer: Optimizer, module: nn.Module) -> OptimizerLayout:
+    """The layout of an optimizer of torch."""
+    names = _names(optimizer, module)
+    return OptimizerLayout(
+        groups=optimizer.param_groups,
+        names=[[names[id(p)] for p in group["params"]] for group in optimizer.param_groups],
+        shapes={names[id(p)]: p.shape for p in params_of(optimizer)},
+        state={names[id(p)]: values for p, values in optimizer.state.items()},
+    )
+
+
+def checked(own: OptimizerLayout, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """``saved`` by parameter name, checked to fit. Pure.
 
     Raises:
         CheckpointError: the saved groups, names, keys or shapes are not those of such an optimizer.
     """
+    matched = match(own.groups, own.names, saved)
+    check_moments(own.shapes, own.state, matched["state"])
+    return matched
+
+
+def load_named_state(optimizer: Optimizer, module: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Put back what :func:`named_state` gave, from full or equally sharded tensors, or from a file.
+
+    Every value becomes this optimizer's own copy: two optimizers never share a ``step`` counter.
+
+    ``saved``: what :func:`checked` returned.
+    """
     names = _names(optimizer, module)
-    saved = match(optimizer.param_groups, [[names[id(p)] for p in g["params"]] for g in optimizer.param_groups], saved)
     group_of = {names[id(p)]: (p, group) for group in optimizer.param_groups for p in group["params"]}
-    own = {names[id(p)]: values for p, values in optimizer.state.items()}
-    check_moments({name: p.shape for name, (p, _) in group_of.items()}, own, saved["state"])
     optimizer.state.clear()
     for name, values in saved["state"].items():
         param, group = group_of[name]
@@ -131,7 +167,7 @@ def check_moments(
                 f" {', '.join(sorted(keys)) or 'nothing'}. Make the optimizer as it was when it was saved."
             )
         for key in sorted(_LIKE_PARAM & keys):
-            if isinstance(values[key], Tensor) and values[key].shape != shapes[name]:
+            if isinstance(values[key], Tensor | Stored) and values[key].shape != shapes[name]:
                 raise CheckpointError(
                     f"{key} of {name} must have the parameter's shape {tuple(shapes[name])}, but has"
                     f" {tuple(values[key].shape)} in the checkpoint. Build the model with the sizes it was saved with."
@@ -160,8 +196,10 @@ def full_state(named: Mapping[str, Any], keep: bool) -> dict[str, Any]:
 
 def _own(key: str, value: Any, param: Tensor, group: Mapping[str, Any], dtype: torch.dtype | None) -> Any:
     """A copy of ``value`` where, and cut as, the optimizer would have made it. Moments: of ``dtype``, if it is one."""
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor | Stored):
         return value
+    if isinstance(value, Stored) and (key == "step" or value.shape != param.shape):
+        value = value.whole()
     if key == "step":  # as torch's `load_state_dict`: on the host, unless a kernel on the device counts it
         on_device = group.get("capturable") or group.get("fused")
         return value.detach().to(param.device if on_device else "cpu", copy=True)

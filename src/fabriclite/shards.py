@@ -7,6 +7,23 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fabriclite import _torch
+from fabriclite.boxes import Box, all_of, flat_boxes, lengths
+from fabriclite.stored import Stored
+from fabriclite.stretch import Stretch
+
+
+def pieces(value: "Tensor | Stretch") -> list[tuple[Box, Tensor]]:
+    """What this rank holds of ``value``: boxes of the whole, each with its live memory. Empty ones are left out."""
+    if isinstance(value, Stretch):
+        found, done = [], 0
+        for part in flat_boxes(value.shape, value.start, value.values.numel()):
+            shape = torch.Size(lengths(part))
+            found.append((part, value.values[done : done + shape.numel()].view(shape)))
+            done += shape.numel()
+        return found
+    if isinstance(value, DTensor):
+        return [(box(value), value.to_local())] if value.to_local().numel() else []
+    return [(all_of(value.shape), value)]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -16,10 +33,12 @@ def local(tensor: Tensor) -> Tensor:
 
 def full(value: Any) -> Any:
     """The whole of a sharded tensor; anything else as it is. Every rank must call this."""
+    if isinstance(value, Stretch):
+        return value.gather()
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def box(like: DTensor) -> tuple[tuple[int, int], ...]:
+def box(like: DTensor) -> Box:
     """Which part of the whole this rank holds of ``like``: ``(start, length)`` in every dimension, maybe empty."""
     coordinate = like.device_mesh.get_coordinate()
     assert coordinate is not None  # this rank is in the mesh, or it would hold no DTensor
@@ -49,9 +68,13 @@ def cut(whole: Tensor, like: DTensor) -> Tensor:
 
 
 @torch.no_grad()
-def write(target: Tensor, value: Tensor) -> None:
-    """Copy ``value`` into ``target``: a full tensor into a sharded one keeps only this rank's part."""
-    if isinstance(target, DTensor) and not isinstance(value, DTensor):
+def write(target: Tensor, value: Tensor | Stored) -> None:
+    """Copy ``value`` into ``target``: of a full tensor a sharded one keeps only this rank's part."""
+    if isinstance(value, Stored):
+        part = box(target) if isinstance(target, DTensor) else all_of(target.shape)
+        if local(target).numel():
+            value.read(part, local(target))
+    elif isinstance(target, DTensor) and not isinstance(value, DTensor):
         target.to_local().copy_(cut(value, target))
     elif isinstance(value, DTensor) and not isinstance(target, DTensor):
         target.copy_(value.full_tensor())

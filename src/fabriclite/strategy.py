@@ -18,6 +18,7 @@ from fabriclite.world import World
 if TYPE_CHECKING:
     from fabriclite.birth.births import Births
     from fabriclite.birth.verify import Parts
+    from fabriclite.optim_state import OptimizerLayout
 
 StartMethod = Literal["auto", "popen", "spawn", "fork", "forkserver"]
 Finish = Callable[[Any], Any]
@@ -121,19 +122,31 @@ class Strategy(ABC):
 
     @abstractmethod
     def state_dict(self, engine: nn.Module) -> dict[str, Any]:
-        """The module's state under its own names. Every rank must call this. Sharded values come as ``DTensor``."""
+        """The module's state under its own names: live tensors, sharded ones as ``DTensor`` or ``Stretch``."""
 
     @abstractmethod
-    def load_state_dict(self, engine: nn.Module, state: Mapping[str, Any], strict: bool) -> None:
-        """Copy full (or equally sharded) tensors into the module. Every rank must call this."""
+    def layout(self, engine: nn.Module) -> dict[str, Any]:
+        """The same names with tensors, or stand-ins, of full shape."""
+
+    @abstractmethod
+    def load_state_dict(self, engine: nn.Module, state: Mapping[str, Any]) -> None:
+        """Copy this rank's part of full (or equally sharded) tensors, or of those in a file, into the module.
+
+        ``state`` was checked against :meth:`layout`. Every rank must call this.
+        """
 
     @abstractmethod
     def optimizer_state(self, engine: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         """State by parameter *name*, so that it fits any strategy: ``{"state": {name: {}}, "param_groups": []}``."""
 
     @abstractmethod
+    def optimizer_layout(self, engine: nn.Module, optimizer: Optimizer) -> "OptimizerLayout":
+        """What a saved state is checked against."""
+
+    @abstractmethod
     def load_optimizer_state(self, engine: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-        """Put back what :meth:`optimizer_state` gave, of this strategy or another."""
+        """Put back what :meth:`optimizer_state` gave, of this strategy or another, and
+        :func:`~fabriclite.optim_state.checked` returned. Every rank must call this."""
 
     # -- data --------------------------------------------------------------
     @abstractmethod

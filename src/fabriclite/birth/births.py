@@ -17,6 +17,7 @@ from fabriclite.birth.recording import Recording
 from fabriclite.birth.streams import At, Held
 from fabriclite.birth.tape import Captured, Ref
 from fabriclite.errors import MaterializeError
+from fabriclite.stored import Stored
 
 _SAMPLES: Final = 4096
 """Values of a large captured tensor that its fingerprint looks at."""
@@ -238,7 +239,10 @@ def has_memory(tensor: Tensor) -> bool:
 
 
 def _digest_arguments(digest: Any, value: Any) -> None:
-    if isinstance(value, Captured):
+    if isinstance(value, Stored):
+        digest.update(repr((tuple(value.shape), str(value.dtype))).encode())
+        digest.update(value.sample().view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, Captured):
         tensor = value.value().detach()
         digest.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
         sample = tensor.reshape(-1) if tensor.is_contiguous() else tensor.flatten()[:_SAMPLES]

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from fabriclite.birth import replay
-from fabriclite.birth.parts import Box, Recipe
+from fabriclite.birth.parts import Recipe
 from fabriclite.birth.replay import Hand, Replay
 from fabriclite.birth.tape import Ref, Tape
+from fabriclite.boxes import Box
+from fabriclite.stored import Stored
 
 _TASK: Final = 1 << 23
 """Elements of one task: small enough to share a large tensor, large enough for a jump of the generator (2 ms) to be
@@ -55,12 +57,19 @@ def fill(tape: Tape, goals: Sequence[Goal], wholes: Sequence[Whole], threads: in
     tasks: list[_Task] = []
     rest: dict[int, list[Goal]] = {}
     for whole in wholes:
+        whole.memory = _mapped(tape, whole)
+        if whole.memory is not None:
+            continue
         recipe = _recipe_of_whole(tape, whole)
         if recipe is None:
             tasks.append(_Task(tape.last_op(whole.storage), 0, _MakeWhole(tape, whole)))
         else:
             tasks += _shared_tasks(tape, recipe, whole)
     for goal in goals:
+        stored = _loaded(tape, goal.ref)
+        if stored is not None:
+            tasks.append(_Task(tape.last_op(goal.ref.storage), goal.out.numel(), _ReadBox(stored, goal)))
+            continue
         recipe = Recipe.of(tape, goal.ref) if goal.out.device == tape.storages[goal.ref.storage].device else None
         if recipe is None:
             rest.setdefault(goal.ref.storage, []).append(goal)
@@ -90,6 +99,27 @@ def fill_from_first(
                 _cut(memory, goal)
         for whole in [w for w in wholes if w.storage == storage]:
             whole.memory = memory
+
+
+def _mapped(tape: Tape, whole: Whole) -> UntypedStorage | None:
+    """The file's own memory, for a storage that is nothing but a tensor of a file as it lies there."""
+    stored = _loaded(tape, _all_of(tape, whole))
+    if stored is None or stored.dtype != whole.dtype or tape.storages[whole.storage].device.type != "cpu":
+        return None
+    tensor = stored.mapped()
+    return None if tensor is None else tensor.untyped_storage()
+
+
+def _loaded(tape: Tape, ref: Ref) -> Stored | None:
+    """The tensor of a file that the one at ``ref`` is, with nothing else done to it."""
+    ops = tape.needed([ref.storage])
+    if len(ops) != 1 or len(ops[0].args) < 2 or not isinstance(ops[0].args[1], Stored):
+        return None
+    target: Ref = ops[0].args[0]
+    if len(ref.size) != 1 and ref.size != target.size:
+        return None
+    same = (target.offset, target.numel, target.dtype) == (ref.offset, ref.numel, ref.dtype)
+    return ops[0].args[1] if same and target.contiguous and ref.contiguous else None
 
 
 def _recipe_of_whole(tape: Tape, whole: Whole) -> Recipe | None:
@@ -126,6 +156,20 @@ class _FillBox:
 
     def __call__(self, hand: Hand) -> None:
         self.recipe.fill_box(self.goal.out, self.goal.ref, self.goal.box, hand)
+
+
+@dataclass(frozen=True, slots=True)
+class _ReadBox:
+    stored: Stored
+    goal: Goal
+
+    def __call__(self, hand: Hand) -> None:
+        goal = self.goal
+        if goal.ref.size == tuple(self.stored.shape):
+            self.stored.read(goal.box, goal.out)
+        else:  # of a view of it, in one dimension
+            (start, _), *_ = goal.box
+            self.stored.read_flat(start, goal.out)
 
 
 @dataclass(frozen=True, slots=True)

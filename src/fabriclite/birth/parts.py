@@ -4,7 +4,7 @@ Possible where every step works element by element, or draws numbers that can be
 just its shard, and threads share one large tensor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,9 +15,8 @@ from fabriclite.birth import draws, facts, truncated
 from fabriclite.birth.replay import Hand
 from fabriclite.birth.streams import At
 from fabriclite.birth.tape import Captured, Op, Ref, Tape
-
-Box = tuple[tuple[int, int], ...]
-"""``(start, length)`` in every dimension."""
+from fabriclite.boxes import Box
+from fabriclite.stored import Stored
 
 _AT_ONCE: Final = 1 << 20
 """Elements made at once where something beside the result takes memory."""
@@ -137,6 +136,8 @@ def _draws_in_parts(op: Op, target: Ref) -> bool:
 
 
 def _fits(arg: Any, target: Ref) -> bool:
+    if isinstance(arg, Stored):
+        return tuple(arg.shape) == target.size
     if isinstance(arg, Captured):
         return arg.flat and arg.shape == target.size
     return arg is None or isinstance(arg, int | float | bool)
@@ -162,15 +163,21 @@ def _do(op: Op, memory: dict[int, Tensor], begin: int, end: int, hand: Hand) -> 
 
     if op.draw is not None:
         _draw(op, part(target), low - target.offset, target.numel, hand)
+    elif len(op.args) > 1 and isinstance(op.args[1], Stored):
+        op.args[1].read_flat(low - target.offset, part(target))
     elif created is not None and op.name in facts.FACTORIES:
         part(target).fill_(_value_of(op))
     else:
-        kwargs = {name: part(value) for name, value in op.kwargs.items() if name != "memory_format"}
-        result = op.func(*(part(arg) for arg in op.args), **kwargs)
-        if created is not None and created.storage in memory:
-            part(created).copy_(result)
-        elif created is not None:
-            memory[created.storage] = result
+        _compute(op, part, created, memory)
+
+
+def _compute(op: Op, part: Callable[[Any], Any], created: Ref | None, memory: dict[int, Tensor]) -> None:
+    kwargs = {name: part(value) for name, value in op.kwargs.items() if name != "memory_format"}
+    result = op.func(*(part(arg) for arg in op.args), **kwargs)
+    if created is not None and created.storage in memory:
+        part(created).copy_(result)
+    elif created is not None:
+        memory[created.storage] = result
 
 
 def _draw(op: Op, out: Tensor, begin: int, n: int, hand: Hand) -> None:

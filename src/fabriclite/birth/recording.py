@@ -13,6 +13,7 @@ from fabriclite import _torch
 from fabriclite.birth import replay
 from fabriclite.birth.streams import Stream
 from fabriclite.birth.tape import Captured, Op, Ref, Tape
+from fabriclite.stored import Stored
 
 _KEPT: Final = 1 << 20
 """Bytes up to which a value that was asked for is kept, to be asked for again."""
@@ -124,6 +125,16 @@ class Recording:
             value = replay.view(known[1], place)
             return value if shared else value.clone()
 
+    def load(self, tensor: Tensor, stored: Stored) -> None:
+        """Note that a recorded tensor has the values of one in a file, of the same shape. Nothing is read yet."""
+        self.take_back()
+        target = self.ref(tensor)
+        op = _given(len(self.tape.ops), target, stored)
+        if target.dense and target.nbytes == self.tape.storages[target.storage].nbytes:
+            op.overwrites = True
+            op.reads = frozenset()
+        self.add(op)
+
     def lend(self, tensor: Tensor, value: Tensor, array: "np.ndarray[Any, Any]") -> None:
         """Note that ``array`` shares the memory of ``value``, and as far as the user can see that of ``tensor``."""
         self._loans.append(_Loan(self.ref(tensor), value, value.clone(), ref(array)))
@@ -156,8 +167,8 @@ class _Loan:
     array: "ReferenceType[np.ndarray[Any, Any]]"
 
 
-def _given(index: int, target: Ref, value: Captured) -> Op:
-    """The operation that copies a real tensor into a recorded one."""
+def _given(index: int, target: Ref, value: Captured | Stored) -> Op:
+    """The operation that copies a real tensor, or one in a file, into a recorded one."""
     return Op(
         index=index,
         func=torch.ops.aten.copy_.default,

@@ -11,6 +11,8 @@ from fabriclite import _torch
 from fabriclite.birth import draws, facts
 from fabriclite.birth.streams import At, Draw, Held, Stream
 from fabriclite.birth.tape import Captured, Op, Ref, Tape
+from fabriclite.boxes import all_of
+from fabriclite.stored import Stored
 
 Memory = dict[int, UntypedStorage]
 
@@ -97,6 +99,10 @@ class Replay:
             for storage in op.creates:
                 if poisoned:
                     poison(self._memory(storage, memory))
+            return
+        if len(op.args) > 1 and isinstance(op.args[1], Stored):
+            target: Tensor = self._real(op.args[0], memory)
+            op.args[1].read(all_of(target.shape), target)
             return
         kind = draws.kind_of(known.name)
         if op.creates and kind and isinstance(op.draw, At):  # the same numbers as filling new memory

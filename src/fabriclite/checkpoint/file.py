@@ -1,67 +1,57 @@
-"""A checkpoint in one file: full tensors, written by rank 0, read by every rank through a memory map."""
+"""A checkpoint in one file: whole tensors, gathered and written by rank 0."""
 
-import os
-import re
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fabriclite import optim_state
-from fabriclite.checkpoint import place
-from fabriclite.checkpoint.agree import on_rank_zero
-from fabriclite.checkpoint.parts import OptimizerPart, Part, taken, whole
-from fabriclite.errors import CheckpointError
+from fabriclite.checkpoint import disk
+from fabriclite.checkpoint.agree import Crew
+from fabriclite.checkpoint.parts import Part, taken, whole
 from fabriclite.world import World
 
 
-def save(world: World, path: Path, parts: Mapping[str, Part], filters: Mapping[str, Any], extra: Any) -> None:
-    """Gather every part, one tensor at a time, and write one file beside ``path``, then rename it there."""
-    content: dict[str, Any] = {}
-    for key, part in parts.items():
-        state = taken(key, part, filters.get(key))
-        gather = optim_state.full_state if isinstance(part, OptimizerPart) else whole
-        content[key] = gather(state, keep=world.is_global_zero)
-    content.update(extra)
+@dataclass(frozen=True, slots=True)
+class FileContent:
+    """All that a file will hold, on rank 0; nothing on the others."""
 
-    def write() -> None:
-        place.check_replaceable(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = place.beside(path)
-        try:
-            torch.save(content, beside)
-            if path.is_dir():
-                place.clear(path)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+    content: Mapping[str, Any]
 
-    on_rank_zero(world, write, f"write the checkpoint {path}")
+    @classmethod
+    def take(
+        cls, world: World, parts: Mapping[str, Part], filters: Mapping[str, Any], extra: Mapping[str, Any], copied: bool
+    ) -> "FileContent":
+        """Gather every part, one tensor at a time. Every rank must call this.
+
+        ``copied``: keep nothing that the training goes on to change.
+        """
+        content = {
+            key: whole(taken(key, part, filters.get(key)), keep=world.is_global_zero, copied=copied)
+            for key, part in parts.items()
+        }
+        return cls({**content, **extra})
+
+    def write(self, crew: Crew, path: Path) -> None:
+        """Write the file, have it on the disk, and look at it again. Every rank must call this."""
+
+        def act() -> None:
+            write_file(self.content, path)
+
+        crew.on_rank_zero(act, f"write the checkpoint {path}")
 
 
-def read(path: Path, weights_only: bool) -> dict[str, Any]:
-    """The content of a checkpoint file. Tensors stay on disk until they are used.
+def write_file(content: Mapping[str, Any], path: Path) -> None:
+    """Write one file of torch, with a checksum for each record, have it on the disk, and look at it again.
 
     Raises:
-        CheckpointError: it cannot be read, or holds objects that only code could restore.
+        OSError: the disk is full, or the path cannot be written.
     """
-    try:
-        # Files of torch before 1.6 are no zip archives, and cannot be mapped.
-        content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=weights_only)
-    except Exception as error:
-        raise CheckpointError(f"{path} must be a readable checkpoint file, but {_reason(error, path)}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a dictionary, but holds {type(content).__name__}.")
-    return content
-
-
-def _reason(error: Exception, path: Path) -> str:
-    """What torch found and how to mend it, less the advice it gives to every caller of ``torch.load``."""
-    _, refused, text = str(error).rpartition("WeightsUnpickler error: ")
-    text = text.strip().partition("\n")[0].rstrip(".")
-    code = re.search(r"GLOBAL (\S+) was not an allowed global", text)
-    if code is not None or (refused and zipfile.is_zipfile(path)):  # the file is whole: only its content is refused
-        return f"needs code to restore {code[1] if code else text}. Pass weights_only=False if you trust its author."
-    return f"{type(error).__name__}: {text}. It was cut short or is of another kind: load another one."
+    # Opened here: torch's own writer calls a full disk, a missing folder and a refused one by one name.
+    with path.open("wb") as file:
+        torch.save(dict(content), file)
+    disk.sync(path)
+    with path.open("rb") as written, zipfile.ZipFile(written):  # its directory, at the very end, can be read
+        pass

@@ -1,202 +1,258 @@
-"""A checkpoint in a folder: every rank writes its shards (torch.distributed.checkpoint), rank 0 all the rest."""
+"""A checkpoint in a folder: every rank writes its part (torch.distributed.checkpoint), rank 0 all the rest."""
 
 import os
-import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemBase, FileSystemWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
+from typing_extensions import override
 
 from fabriclite import shards
-from fabriclite.checkpoint import file, place
-from fabriclite.checkpoint.agree import on_all, on_rank_zero
-from fabriclite.checkpoint.parts import (
-    ModulePart,
-    OptimizerPart,
-    Part,
-    rest_of,
-    taken,
-    tensors_of,
-    whole,
-)
-from fabriclite.errors import CheckpointError
+from fabriclite.boxes import Box, all_of, lengths
+from fabriclite.checkpoint import disk, place, sums
+from fabriclite.checkpoint.agree import Crew
+from fabriclite.checkpoint.parts import LooseModulePart, ModulePart, OptimizerPart, Part, taken, whole
+from fabriclite.checkpoint.sums import FileSum, Summing
+from fabriclite.collectives import gather_objects
+from fabriclite.stretch import Stretch
 from fabriclite.world import World
 
-_Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
+_SMALL: Final = 64
+"""Elements up to which a moment that is not sharded goes to the rest: a step counter takes 1 KB as a shard."""
 
 
-def save(world: World, path: Path, parts: Mapping[str, Part], filters: Mapping[str, Any], extra: Any) -> None:
-    """Write a folder beside ``path``, then rename it there. Every rank must call this."""
-    tensors: dict[str, Tensor] = {}
-    rest: dict[str, Any] = dict(extra)
-    for key, part in parts.items():
-        state = taken(key, part, filters.get(key))
-        mine, others = _split(part, state)
-        tensors.update({f"{_prefix(key)}{name}": tensor for name, tensor in mine.items()})
-        rest[key] = whole(others, keep=world.is_global_zero)
-    if not world.is_global_zero:
-        # What is not sharded can differ between ranks (running statistics): it is rank 0's, as in a file.
-        tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
-    beside = place.beside(path)
+@dataclass(frozen=True, slots=True, eq=False)
+class Shard:
+    """A part of a tensor that this process writes.
 
-    def prepare() -> None:
-        place.check_replaceable(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
+    Attributes:
+        name: of the tensor in the folder.
+        shape: of the whole tensor.
+        box: which part.
+        values: of the box's shape.
+    """
 
-    def publish() -> None:
-        torch.save(rest, beside / place.META)
-        place.clear(path)
-        os.replace(beside, path)
-
-    on_rank_zero(world, prepare, f"make the folder {path}")
-    try:
-        on_all(world, lambda: _write_shards(tensors, beside), f"write the checkpoint {path}")
-        on_rank_zero(world, publish, f"write the checkpoint {path}")
-    except CheckpointError:  # on every rank, and none is writing any more
-        if world.is_global_zero:
-            shutil.rmtree(beside, ignore_errors=True)
-        raise
+    name: str
+    shape: torch.Size
+    box: Box
+    values: Tensor
 
 
-def _prefix(key: str) -> str:
+@dataclass(frozen=True, slots=True)
+class FolderContent:
+    """What this rank writes of a folder: its shards, and on rank 0 the rest."""
+
+    shards: Sequence[Shard]
+    rest: Mapping[str, Any]
+
+    @classmethod
+    def take(
+        cls, world: World, parts: Mapping[str, Part], filters: Mapping[str, Any], extra: Mapping[str, Any], copied: bool
+    ) -> "FolderContent":
+        """Find this rank's part of every tensor; nothing is gathered but what is in no module or optimizer.
+
+        Every rank must call this. ``copied``: keep nothing that the training goes on to change.
+        """
+        first = world.is_global_zero
+        mine: list[Shard] = []
+        rest: dict[str, Any] = {}
+        for key, part in parts.items():
+            tensors, others = _split(part, taken(key, part, filters.get(key)))
+            for name, value in tensors.items():
+                mine += _shards_of(f"{prefix(key)}{name}", value, first, copied)
+            rest[key] = whole(others, keep=first, copied=copied)
+        return cls(mine, {**rest, **extra} if first else {})
+
+    def write(self, crew: Crew, path: Path) -> None:
+        """Write the folder, have it on the disk, and look at it again. Every rank must call this."""
+        crew.on_rank_zero(path.mkdir, f"make the folder {path}")
+        written = crew.on_all(lambda: write_shards(self.shards, path, crew), f"write the checkpoint {path}")
+        told = gather_objects(crew.world, written, group=crew.group)
+
+        def finish() -> None:
+            files = {name: file for of_one in told for name, file in of_one.items()}
+            write_rest(self.rest, files, path)
+
+        crew.on_rank_zero(finish, f"write the checkpoint {path}")
+
+
+def prefix(key: str) -> str:
     """What the names of an entry's tensors begin with. A dot in the key would make two entries' names one."""
     return f"{key.replace('%', '%25').replace('.', '%2E')}."
 
 
-def _split(part: Part, state: Any) -> tuple[dict[str, Tensor], Any]:
-    """Tensors that every rank writes its shards of, and the rest, which is rank 0's."""
+def _split(part: Part, state: Any) -> tuple[dict[str, Tensor | Stretch], Any]:
+    """Tensors that go to the shards, and the rest, which is rank 0's."""
     if isinstance(part, OptimizerPart):
-        return tensors_of(state), rest_of(state)
-    if not isinstance(part, ModulePart):
-        return {}, state
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor) and not shards.is_extra(k)}
-    return tensors, {k: v for k, v in state.items() if k not in tensors}
+        found = {name: t for name, t in _tensors_of(state).items() if not _is_small(t)}
+        return found, _without(state, "", found)
+    if isinstance(part, ModulePart | LooseModulePart) and isinstance(state, Mapping):
+        found = {k: v for k, v in state.items() if isinstance(v, Tensor | Stretch) and not shards.is_extra(k)}
+        return found, {k: v for k, v in state.items() if k not in found}
+    return {}, state
 
 
-def _write_shards(tensors: dict[str, Tensor], path: Path) -> None:
-    dcp_save(dict(tensors), checkpoint_id=path, no_dist=not dist.is_initialized())
+def _is_small(value: Tensor | Stretch) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, DTensor) and value.numel() <= _SMALL
 
 
-def read_rest(path: Path, weights_only: bool) -> dict[str, Any]:
-    """What is no shard: plain values, and of modules and optimizers all but their tensors."""
-    return file.read(path / place.META, weights_only)
+def _tensors_of(tree: Mapping[str, Any]) -> dict[str, Tensor | Stretch]:
+    """Every tensor in nested mappings under its dotted name."""
+    found: dict[str, Tensor | Stretch] = {}
+    for key, value in tree.items():
+        if isinstance(value, Tensor | Stretch):
+            found[key] = value
+        elif isinstance(value, Mapping):
+            found.update({f"{key}.{name}": tensor for name, tensor in _tensors_of(value).items()})
+    return found
 
 
-def read_whole(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`read_rest` gave with all tensors, whole, as a file would hold it. Every rank must call this."""
-    stored = shapes(path)
-    out = dict(content)
-    for key, rest in content.items():
-        found = _stored_of(stored, key)
-        target = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in found.items()}
-        _read(path, key, target)
-        if isinstance(rest, Mapping) and "state" in rest:  # an optimizer's, or a value of that form
-            out[key] = _nested(target, rest)
-        elif target:
-            out[key] = {**rest, **target}
-    return out
-
-
-def has_shards(path: Path, keys: Iterable[str]) -> set[str]:
-    """Which entries of the folder hold more than :func:`read_rest` gives."""
-    stored = shapes(path)
-    return {key for key in keys if _stored_of(stored, key)}
-
-
-def shapes(path: Path) -> _Shapes:
-    """Name, global shape and dtype of every tensor in the folder."""
-    try:
-        metadata = FileSystemReader(path).read_metadata()
-    except Exception as error:  # unpickled, so anything
-        raise CheckpointError(
-            f"{path / '.metadata'} must be readable, but {type(error).__name__}: {str(error).rstrip('.')}."
-            " It was cut short: load another checkpoint."
-        ) from error
+def _without(tree: Mapping[str, Any], before: str, names: Mapping[str, Any]) -> dict[str, Any]:
+    """The same tree without the tensors of these dotted names."""
     return {
-        name: (item.size, item.properties.dtype)
-        for name, item in metadata.state_dict_metadata.items()
-        if isinstance(item, TensorStorageMetadata)
+        key: _without(value, f"{before}{key}.", names) if isinstance(value, Mapping) else value
+        for key, value in tree.items()
+        if f"{before}{key}" not in names
     }
 
 
-def _stored_of(stored: _Shapes, key: str) -> _Shapes:
-    """The tensors of one entry, by their names within it."""
-    prefix = _prefix(key)
-    return {name.removeprefix(prefix): v for name, v in stored.items() if name.startswith(prefix)}
-
-
-def load_part(path: Path, key: str, part: ModulePart | OptimizerPart, rest: Any, strict: bool) -> None:
-    """Read this rank's share of one part and put it back. Every rank must call this."""
-    stored = _stored_of(shapes(path), key)
-    if isinstance(part, ModulePart):
-        target = _module_target(part, stored)
-        _read(path, key, target)
-        part.load({**rest, **target, **_absent(stored, target)}, strict)
+def _shards_of(name: str, value: Tensor | Stretch, first: bool, copied: bool) -> Iterator[Shard]:
+    """What this rank writes. What is not sharded can differ between ranks (running statistics): it is rank 0's."""
+    plain = not isinstance(value, DTensor | Stretch)
+    if plain or value.shape.numel() == 0:
+        if first:
+            whole_value = shards.local(value) if isinstance(value, Tensor) else value.values.view(value.shape)
+            yield Shard(name, value.shape, all_of(value.shape), _host(whole_value, copied))
         return
-    target = _optimizer_target(part, stored)
-    _read(path, key, target)
-    part.load(_nested(target, rest), strict)
+    for box, values in shards.pieces(value):
+        yield Shard(name, value.shape, box, _host(values, copied))
 
 
-def _module_target(part: ModulePart, stored: _Shapes) -> dict[str, Tensor]:
-    """Buffers of the module's layout to read into; only names and shapes that fit: ``load`` reports the others."""
-    return {
-        name: torch.empty_like(tensor, requires_grad=False)
-        for name, tensor in part.state().items()
-        if isinstance(tensor, Tensor) and name in stored and stored[name][0] == tensor.shape
-    }
+def _host(values: Tensor, copied: bool) -> Tensor:
+    return values.detach().to("cpu", copy=True) if copied else values.detach()
 
 
-def _absent(stored: _Shapes, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Stand-ins without memory for what was not read, so that the check for keys and shapes sees it."""
-    return {n: torch.empty(s, dtype=d, device="meta") for n, (s, d) in stored.items() if n not in target}
+# -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _optimizer_target(part: OptimizerPart, stored: _Shapes) -> dict[str, Tensor]:
-    layout = part.layout()
-    target: dict[str, Tensor] = {}
-    for name, (shape, dtype) in stored.items():
-        param, _, _ = name.removeprefix("state.").rpartition(".")
-        like = layout.get(param)
-        if like is not None and like.shape == shape:
-            target[name] = torch.zeros_like(like, dtype=dtype, requires_grad=False)
-        else:
-            target[name] = torch.zeros(shape, dtype=dtype)
-    return target
+def write_shards(shards: Sequence[Shard], path: Path, crew: Crew) -> dict[str, FileSum]:
+    """Write this rank's shards and, on rank 0, the index of all. Every rank must call this.
 
-
-def _read(path: Path, key: str, target: Mapping[str, Tensor]) -> None:
-    if not target:
-        return
+    Returns:
+        Size and checksums of the files that this rank wrote.
+    """
+    files = _Files()
+    writer = FileSystemWriter(path, sync_files=disk.is_local(path))
+    writer.fs = cast(FileSystem, files)
+    alone = not dist.is_initialized()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # reading alone is meant
-        try:
-            named = {f"{_prefix(key)}{n}": t for n, t in target.items()}
-            dcp_load(named, checkpoint_id=path, no_dist=not dist.is_initialized())
-        except CheckpointException as error:  # a BaseException: it would pass every `except Exception`
-            first = next(iter(error.failures.values()))[0]
-            raise CheckpointError(
-                f"{path} must hold readable shards, but {type(first).__name__}: {str(first) or 'no more data'}."
-                " It is incomplete: load another checkpoint."
-            ) from error
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # writing alone is meant
+        dcp_save({}, storage_writer=writer, planner=_Planner(shards), process_group=crew.group, no_dist=alone)
+    return {name.removesuffix(".tmp"): file for name, file in files.written.items()}
 
 
-def _nested(flat: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
-    """``{"state.w.exp_avg": t}`` and the rest, back to an optimizer's ``{"state": {"w": {"exp_avg": t, ...}}}``."""
-    state = {name: dict(values) for name, values in rest["state"].items()}
-    for name, tensor in flat.items():
-        param, _, key = name.removeprefix("state.").rpartition(".")
-        state.setdefault(param, {})[key] = tensor
-    return {**rest, "state": state}
+def write_rest(rest: Mapping[str, Any], files: dict[str, FileSum], path: Path) -> None:
+    """Write what is no shard, and the list of checksums; have all on the disk, and look at it again."""
+    out = _Files()
+    with out.create_stream(path / place.META, "wb") as file:
+        torch.save(dict(rest), file)
+    disk.sync(path / place.META)
+    files = {**files, **out.written}
+    (path / sums.SUMS).write_bytes(sums.dump(files))
+    disk.sync(path / sums.SUMS)
+    disk.sync(path)
+    sums.check_sizes(path, sums.listed(path) or {})
+
+
+class _Files(FileSystemBase):
+    """The files of a folder for torch's writer; sums up each as it is written."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, FileSum] = {}
+
+    @override
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        def note(file: FileSum) -> None:
+            self.written[path.name] = file
+
+        with path.open(mode) as raw:
+            if "w" not in mode:
+                yield raw
+                return
+            summing = Summing(raw, note)
+            yield summing
+            summing.close()
+
+    @override
+    def concat_path(self, path: Any, suffix: str) -> Any:
+        return path / suffix
+
+    @override
+    def rename(self, path: Any, new_path: Any) -> None:
+        disk.rename(path, new_path)
+
+    @override
+    def init_path(self, path: Any) -> Any:
+        return path
+
+    @override
+    def mkdir(self, path: Any) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+
+    @override
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+    @override
+    def exists(self, path: Any) -> bool:
+        return bool(path.exists())
+
+    @override
+    def rm_file(self, path: Any) -> None:
+        path.unlink()
+
+
+class _Planner(DefaultSavePlanner):
+    """Tells torch which shards this rank has. Of equal ones on several ranks, torch has one write each."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._shards = shards
+        self._values = {(s.name, tuple(start for start, _ in s.box)): s.values for s in shards}
+
+    @override
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan([_write_item(shard) for shard in self._shards])
+        return self.plan
+
+    @override
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        assert index.offset is not None
+        return self._values[index.fqn, tuple(index.offset)].contiguous()
+
+
+def _write_item(shard: Shard) -> WriteItem:
+    offsets = torch.Size([start for start, _ in shard.box])
+    return WriteItem(
+        index=MetadataIndex(shard.name, offsets),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets=offsets, sizes=torch.Size(lengths(shard.box))),
+            properties=TensorProperties(dtype=shard.values.dtype),
+            size=shard.shape,
+        ),
+    )

@@ -1,26 +1,37 @@
 """What one entry of a checkpoint is, and how its state is taken out and put back."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fabriclite import shards
+from fabriclite import module_state, optim_state, shards
 from fabriclite._torch import tree_leaves, tree_map
 from fabriclite.errors import CheckpointError, ConfigError
+from fabriclite.stored import Stored, in_memory
 from fabriclite.strategy import Strategy
+from fabriclite.stretch import Stretch
 
 
 class Part(Protocol):
     """One entry of the ``state`` that a user saves or loads."""
 
     def state(self) -> Any:
-        """What to save. Every rank must call this. Tensors may be sharded."""
+        """What to save. Every rank must call this. Tensors are live, and may be sharded."""
 
-    def load(self, value: Any, strict: bool) -> None:
-        """Put back what :meth:`state` gave. Every rank must call this."""
+    def checked(self, value: Any, strict: bool) -> Any:
+        """``value``, which :meth:`state` gave once, in the form that :meth:`load` wants. Changes nothing.
+
+        Raises:
+            CheckpointError: it does not fit.
+        """
+
+    def load(self, value: Any) -> None:
+        """Put back what :meth:`checked` returned. Every rank must call this. Tensors may be in a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +44,43 @@ class ModulePart:
     def state(self) -> dict[str, Any]:
         return self.strategy.state_dict(self.engine)
 
-    def load(self, value: Any, strict: bool) -> None:
-        self.strategy.load_state_dict(self.engine, _mapping(value, "a module"), strict)
+    def layout(self) -> dict[str, Any]:
+        return self.strategy.layout(self.engine)
+
+    def module(self) -> nn.Module:
+        return self.strategy.user_module(self.engine)
+
+    def checked(self, value: Any, strict: bool) -> Mapping[str, Any]:
+        state = _mapping(value, "a module")
+        module_state.check_fits(self.layout(), state, strict)
+        return state
+
+    def load(self, value: Mapping[str, Any]) -> None:
+        self.strategy.load_state_dict(self.engine, _extras_in_memory(value))
+
+
+@dataclass(frozen=True, slots=True)
+class LooseModulePart:
+    """A module that was not set up: loaded before it is, or used without."""
+
+    loose: nn.Module
+
+    def state(self) -> dict[str, Any]:
+        return self.loose.state_dict()
+
+    def layout(self) -> dict[str, Any]:
+        return self.loose.state_dict()
+
+    def module(self) -> nn.Module:
+        return self.loose
+
+    def checked(self, value: Any, strict: bool) -> Mapping[str, Any]:
+        state = _mapping(value, "a module")
+        module_state.check_fits(self.layout(), state, strict)
+        return state
+
+    def load(self, value: Mapping[str, Any]) -> None:
+        module_state.load_into(self.loose, _extras_in_memory(value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,33 +94,33 @@ class OptimizerPart:
     def state(self) -> dict[str, Any]:
         return self.strategy.optimizer_state(self.engine, self.optimizer)
 
-    def layout(self) -> Mapping[str, Any]:
-        """Per parameter name, a tensor with the shape and sharding that its moments have."""
-        return self.strategy.state_dict(self.engine)
-
-    def load(self, value: Any, strict: bool) -> None:
+    def checked(self, value: Any, strict: bool) -> dict[str, Any]:
         state = _mapping(value, "an optimizer")
         if "state" not in state or "param_groups" not in state:
             raise CheckpointError(
                 f"An optimizer's entry must hold 'state' and 'param_groups', but holds {sorted(map(str, state))}."
             )
-        self.strategy.load_optimizer_state(self.engine, self.optimizer, state)
+        own = self.strategy.optimizer_layout(self.engine, self.optimizer)
+        return optim_state.checked(own, {**state, "param_groups": in_memory(state["param_groups"])})
+
+    def load(self, value: dict[str, Any]) -> None:
+        self.strategy.load_optimizer_state(self.engine, self.optimizer, value)
 
 
 @dataclass(frozen=True, slots=True)
 class StatefulPart:
-    """Anything else with ``state_dict`` and ``load_state_dict``: a scheduler, a module that was not set up."""
+    """Anything else with ``state_dict`` and ``load_state_dict``: a scheduler, a loader, an object of the user's."""
 
     obj: Any
 
     def state(self) -> Any:
         return self.obj.state_dict()
 
-    def load(self, value: Any, strict: bool) -> None:
-        if isinstance(self.obj, nn.Module):
-            self.obj.load_state_dict(value, strict=strict)
-        else:
-            self.obj.load_state_dict(value)
+    def checked(self, value: Any, strict: bool) -> Any:
+        return value
+
+    def load(self, value: Any) -> None:
+        self.obj.load_state_dict(in_memory(value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +140,11 @@ class ValuePart:
             )
         return value
 
-    def load(self, value: Any, strict: bool) -> None:
-        self.holder[self.key] = value
+    def checked(self, value: Any, strict: bool) -> Any:
+        return value
+
+    def load(self, value: Any) -> None:
+        self.holder[self.key] = in_memory(value)
 
 
 def taken(key: str, part: Part, keep: Callable[[str, Any], bool] | None) -> Any:
@@ -111,47 +160,39 @@ def taken(key: str, part: Part, keep: Callable[[str, Any], bool] | None) -> Any:
         raise ConfigError(
             f"`filter` must be for entries with names in them, but {key!r} is {type(state).__name__}. Leave it out."
         )
-    return {name: value for name, value in state.items() if keep(name, value)}
+    return {name: value for name, value in state.items() if keep(name, _shown(value))}
 
 
-def whole(tree: Any, keep: bool) -> Any:
+def _shown(value: Any) -> Any:
+    """What a filter sees: of a flat part a tensor of full shape, without memory."""
+    return torch.empty(value.shape, dtype=value.dtype, device="meta") if isinstance(value, Stretch) else value
+
+
+def whole(tree: Any, keep: bool, copied: bool) -> Any:
     """The same tree with whole tensors on the host. Every rank must call this.
 
     Args:
         tree: sharded tensors among anything else.
         keep: whether this rank needs the result; else it only takes part, and has no tensors.
+        copied: nothing in the result is what the training goes on to change.
     """
 
     def leaf(value: Any) -> Any:
         gathered = shards.full(value)
         if not isinstance(gathered, Tensor):
-            return gathered
-        return gathered.detach().cpu() if keep else None
+            return copy.deepcopy(gathered) if copied and keep else gathered
+        return gathered.detach().to("cpu", copy=copied) if keep else None
 
     return tree_map(leaf, tree)
 
 
-def tensors_of(tree: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Every tensor in nested mappings under its dotted name."""
-    found: dict[str, Tensor] = {}
-    for key, value in tree.items():
-        if isinstance(value, Tensor):
-            found[key] = value
-        elif isinstance(value, Mapping):
-            found.update({f"{key}.{name}": tensor for name, tensor in tensors_of(value).items()})
-    return found
-
-
-def rest_of(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The same tree without its tensors."""
-    return {
-        key: rest_of(value) if isinstance(value, Mapping) else value
-        for key, value in tree.items()
-        if not isinstance(value, Tensor)
-    }
+def _extras_in_memory(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Extra state is for its module, which knows no tensors in files."""
+    return {name: in_memory(value) if shards.is_extra(name) else value for name, value in state.items()}
 
 
 def _mapping(value: Any, what: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise CheckpointError(f"The entry of {what} must be a dictionary, but is {type(value).__name__}.")
+    if isinstance(value, Stored) or not isinstance(value, Mapping):
+        found = "tensor" if isinstance(value, Stored) else type(value).__name__
+        raise CheckpointError(f"The entry of {what} must be a dictionary, but is {found}.")
     return value

@@ -1,124 +1,152 @@
-"""Saving and loading as ``Fabric`` offers it: either form, any strategy."""
+"""Saving as ``Fabric`` offers it: any form, any strategy, at once or beside the training."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, Protocol
 
 from fabriclite import seed
-from fabriclite.checkpoint import file, folder, place
-from fabriclite.checkpoint.agree import on_all
-from fabriclite.checkpoint.parts import ModulePart, OptimizerPart, Part
+from fabriclite.checkpoint import disk, place
+from fabriclite.checkpoint.agree import Crew
+from fabriclite.checkpoint.export import ExportContent, Safetensors
+from fabriclite.checkpoint.file import FileContent
+from fabriclite.checkpoint.folder import FolderContent
+from fabriclite.checkpoint.parts import Part
+from fabriclite.checkpoint.saving import SaveHandle, Saver
 from fabriclite.collectives import gather_objects
 from fabriclite.errors import CheckpointError, ConfigError
 from fabriclite.strategy import Strategy
-from fabriclite.world import World
 
 EXTRA: Final = "fabriclite"
 """The entry that holds what belongs to the run: loss scale, random states."""
-_VERSION: Final = 1
+VERSION: Final = 2
+"""Of the layout. From 2 on a folder lists checksums."""
+FORMATS: Final = ("folder", "file", "safetensors")
+Format = Literal["folder", "file", "safetensors"]
 
 
-def save(strategy: Strategy, path: str | Path, parts: Mapping[str, Part], filters: Mapping[str, Any] | None) -> None:
-    """Write a checkpoint: a folder of shards if the strategy shards, else one file. Every rank must call this.
+class Content(Protocol):
+    """What is to be written, taken from the objects of the run."""
+
+    def write(self, crew: Crew, path: Path) -> None:
+        """Write it under a name that nothing has. Every rank must call this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """How a checkpoint is to be saved.
+
+    Attributes:
+        path: where.
+        filters: by entry, what of it to keep.
+        format: ``None`` is the strategy's own.
+        keep_last: how many of the series to keep; ``None`` keeps all.
+        asynchronous: whether the training goes on meanwhile.
+    """
+
+    path: Path
+    filters: Mapping[str, Callable[[str, Any], bool]]
+    format: Format | Safetensors | None
+    keep_last: int | None
+    asynchronous: bool
+
+    def form(self, strategy: Strategy) -> Format:
+        if isinstance(self.format, Safetensors):
+            return "safetensors"
+        if self.format is not None:
+            return self.format
+        return "folder" if strategy.sharded_checkpoint else "file"
+
+
+def ordered(
+    path: str | Path, filters: Any, format: Any, keep_last: Any, asynchronous: bool, parts: Mapping[str, Part]
+) -> Order:
+    """The arguments of ``fabric.save``, checked. Pure.
 
     Raises:
-        ConfigError: a filter names nothing that is saved.
-        CheckpointError: it cannot be written; raised on every rank.
+        ConfigError: one has no meaning, or two contradict each other.
     """
+    where = disk.located(path)
+    _check_filters(filters, parts)
+    if EXTRA in parts:
+        raise ConfigError(f"`state` must not have the key {EXTRA!r}, which is fabriclite's own, but has it. Rename it.")
+    if format is not None and format not in FORMATS and not isinstance(format, Safetensors):
+        raise ConfigError(f"`format` must be None, {', '.join(map(repr, FORMATS))}, but is {format!r}.")
+    if keep_last is not None:
+        if isinstance(keep_last, bool) or not isinstance(keep_last, int) or keep_last < 1:
+            raise ConfigError(f"`keep_last` must be a count of at least 1, but is {keep_last!r}.")
+        if not any(character.isdigit() for character in where.name):
+            raise ConfigError(
+                f"`path` must have a number in its name to be one of a series, but is {str(path)!r}."
+                " Write f'step-{step}', or leave out keep_last."
+            )
+    if asynchronous and (format == "safetensors" or isinstance(format, Safetensors)):
+        raise ConfigError(
+            "An export is gathered and written tensor by tensor, so `asynchronous` must be False with"
+            " format='safetensors', but is True. Save a checkpoint, and convert it."
+        )
+    return Order(where, dict(filters or {}), format, keep_last, bool(asynchronous))
+
+
+def _check_filters(filters: Any, parts: Mapping[str, Part]) -> None:
     if filters is not None and not isinstance(filters, Mapping):
         raise ConfigError(
             f"`filter` must map keys of the state to functions (name, value) -> bool, but is {filters!r}."
             " Write filter={'model': keep}."
         )
-    filters = dict(filters or {})
-    unknown = [key for key in filters if key not in parts]
-    if unknown or any(not callable(f) for f in filters.values()):
+    unknown = [key for key in filters or {} if key not in parts]
+    if unknown or any(not callable(f) for f in (filters or {}).values()):
         raise ConfigError(
             f"`filter` must map keys of the state ({', '.join(parts)}) to functions (name, value) -> bool, but is"
             f" {filters!r}."
         )
-    if EXTRA in parts:
-        raise ConfigError(f"`state` must not have the key {EXTRA!r}, which is fabriclite's own, but has it. Rename it.")
-    states = gather_objects(strategy.world, seed.rng_state())
-    extra = {EXTRA: {"version": _VERSION, "scaler": strategy.scaler.state_dict(), "rng": states}}
-    write = folder.save if strategy.sharded_checkpoint else file.save
-    write(strategy.world, Path(path), parts, filters, extra)
 
 
-def load(
-    strategy: Strategy, path: str | Path, parts: Mapping[str, Part] | None, strict: bool, weights_only: bool
-) -> dict[str, Any]:
-    """Read a checkpoint of either form into ``parts``. Every rank must call this.
-
-    With an optimizer among the parts, the run goes on: loss scale and random states are put back too.
+def save(strategy: Strategy, saver: Saver, parts: Mapping[str, Part], order: Order) -> SaveHandle | None:
+    """Write a checkpoint. Every rank must call this.
 
     Returns:
-        What the checkpoint holds beyond ``parts``, less what is sharded there; without ``parts`` all, tensors whole.
+        A handle, if it goes on beside the training.
 
     Raises:
-        CheckpointError: it cannot be read, or does not fit; raised on every rank.
+        CheckpointError: this, or the asynchronous save before it, cannot be written; raised on every rank.
     """
-    path = Path(path)
-    content = _read(strategy.world, path, weights_only, whole=parts is None)
-    if parts is None:
-        return {key: value for key, value in content.items() if key != EXTRA}
-    missing = [key for key in parts if key not in content]
-    if missing and strict:
-        raise CheckpointError(
-            f"{path} must hold {', '.join(parts)}, but lacks {', '.join(missing)}. It holds:"
-            f" {', '.join(k for k in content if k != EXTRA)}. Pass strict=False to load what is there."
-        )
-    # Modules first: an optimizer may hold master weights, which a module's would round.
-    found = {key: part for key, part in parts.items() if key not in missing}
-    for key, part in sorted(found.items(), key=lambda item: not isinstance(item[1], ModulePart)):
-        if path.is_dir() and isinstance(part, ModulePart | OptimizerPart):
-            folder.load_part(path, key, part, content[key], strict)
-        else:
-            part.load(content[key], strict)
-    if any(isinstance(part, OptimizerPart) for part in parts.values()):
-        _resume(strategy, content.get(EXTRA, {}))
-    others = [key for key in content if key not in parts and key != EXTRA]
-    sharded = folder.has_shards(path, others) if path.is_dir() else set()
-    return {key: content[key] for key in others if key not in sharded}
+    saver.wait()
+    world = strategy.world
+    crew = saver.crew(world) if order.asynchronous else Crew(world)
+    path = order.path
+    crew.on_rank_zero(lambda: place.prepare(path), f"write the checkpoint {path}")
+    content = _take(strategy, parts, order)
+    if not order.asynchronous:
+        _write(crew, content, order)
+        return None
+    return saver.start(path, lambda: _write(crew, content, order))
 
 
-def _read(world: World, path: Path, weights_only: bool, whole: bool) -> dict[str, Any]:
-    """What the checkpoint holds; of a folder's sharded entries the tensors only if ``whole``."""
-    content: dict[str, Any] = {}
-
-    def act() -> None:
-        if not path.exists():
-            raise CheckpointError(f"{path} must be a checkpoint, but does not exist.")
-        if path.is_dir() and not place.is_folder(path):
-            raise CheckpointError(f"{path} must be a checkpoint folder, but lacks {place.META} or .metadata.")
-        read = file.read if path.is_file() else folder.read_rest
-        content.update(read(path, weights_only))
-
-    on_all(world, act, f"read {path}")
-    return folder.read_whole(path, content) if whole and path.is_dir() else content
+def _take(strategy: Strategy, parts: Mapping[str, Part], order: Order) -> Content:
+    world, form = strategy.world, order.form(strategy)
+    if form == "safetensors":
+        return ExportContent.take(parts, order.filters, order.format)
+    states = gather_objects(world, seed.rng_state())
+    extra = {EXTRA: {"version": VERSION, "scaler": strategy.scaler.state_dict(), "rng": states}}
+    kind = FolderContent if form == "folder" else FileContent
+    return kind.take(world, parts, order.filters, extra, copied=order.asynchronous)
 
 
-def _resume(strategy: Strategy, extra: Mapping[str, Any]) -> None:
-    if extra.get("scaler"):
-        strategy.scaler.load_state_dict(extra["scaler"])
-    states = extra.get("rng", [])
-    if len(states) == strategy.world.size:  # another number of ranks has no streams to go on with
-        seed.set_rng_state(states[strategy.world.rank])
+def _write(crew: Crew, content: Content, order: Order) -> None:
+    """Write beside, then take the name; whatever fails, what was there before is still there."""
+    path, beside = order.path, place.beside(order.path)
+    try:
+        content.write(crew, beside)
+        crew.on_rank_zero(lambda: _publish(order), f"write the checkpoint {path}")
+    except CheckpointError:  # on every rank, and none is writing any more
+        if crew.world.is_global_zero:
+            disk.remove(beside)
+        raise
 
 
-def load_raw(path: str | Path, part: Part, strict: bool, weights_only: bool) -> None:
-    """Load a file that holds nothing but a state dict (``torch.save(model.state_dict(), path)``)."""
-    path = Path(path)
-    content: dict[str, Any] = {}
-
-    def act() -> None:
-        if not path.is_file():
-            found = "is a folder. Read what fabric.save wrote with fabric.load" if path.is_dir() else "does not exist"
-            raise CheckpointError(f"{path} must be a file with a state dict, but {found}.")
-        content.update(file.read(path, weights_only))
-
-    if isinstance(part, ModulePart | OptimizerPart):
-        on_all(part.strategy.world, act, f"read {path}")
-    else:
-        act()  # loading what was not set up is nobody else's business
-    part.load(content, strict)
+def _publish(order: Order) -> None:
+    place.publish(place.beside(order.path), order.path)
+    if order.keep_last is not None:
+        place.point_latest(order.path)
+        place.keep_newest(order.path, order.keep_last)

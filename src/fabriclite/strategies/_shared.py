@@ -1,6 +1,6 @@
 """What more than one strategy needs: functions, not a base class."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -16,7 +16,7 @@ from fabriclite.birth.births import Births, has_memory
 from fabriclite.birth.places import named_tensors
 from fabriclite.birth.verify import Parts
 from fabriclite.collectives import broadcast_tensor_, gather_objects
-from fabriclite.errors import CheckpointError, MaterializeError
+from fabriclite.errors import MaterializeError
 from fabriclite.precision import Precision
 from fabriclite.strategy import Finish, Strategy
 from fabriclite.world import World
@@ -164,52 +164,3 @@ def same_on_all_ranks(module: nn.Module, world: World) -> None:
         if id(tensor) not in done and has_memory(tensor):
             done.add(id(tensor))
             broadcast_tensor_(world, tensor.data)
-
-
-def load_into(module: nn.Module, state: Mapping[str, Any], strict: bool) -> None:
-    """Copy ``state`` into ``module``'s tensors in place, cutting full tensors for sharded targets.
-
-    Names and shapes are checked before anything is changed. Extra state (``get_extra_state``) is handed to its module.
-
-    Raises:
-        CheckpointError: names are missing or unexpected (``strict``), or a shape differs.
-    """
-    own = module.state_dict()
-    check_fits(own, state, strict)
-    for name, value in state.items():
-        if name not in own:
-            continue
-        if shards.is_extra(name):
-            module.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
-        elif isinstance(own[name], Tensor):
-            shards.write(own[name], value)
-
-
-def check_fits(own: Mapping[str, Any], state: Mapping[str, Any], strict: bool) -> None:
-    """Raise, naming every key, unless ``state`` fits ``own``.
-
-    Raises:
-        CheckpointError: names are missing or unexpected (``strict``), or a shape differs.
-    """
-    missing = [k for k in own if k not in state]
-    unexpected = [k for k in state if k not in own]
-    wrong = [
-        f"{k}: {_look(own[k])} here, {_look(v)} in the checkpoint"
-        for k, v in state.items()
-        if isinstance(own.get(k), Tensor) and not shards.is_extra(k) and _look(v) != _look(own[k])
-    ]
-    names = f"missing: {missing or 'none'}; unexpected: {unexpected or 'none'}."
-    if wrong:
-        also = f" Also {names}" if strict and (missing or unexpected) else ""
-        raise CheckpointError(
-            f"Shapes must agree with the checkpoint's, but do not: {'; '.join(wrong)}.{also}"
-            " Build the model with the sizes it was saved with."
-        )
-    if strict and (missing or unexpected):
-        raise CheckpointError(
-            f"The checkpoint must hold just the module's keys, but {names} Pass strict=False to load what fits."
-        )
-
-
-def _look(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else f"no tensor but {type(value).__name__}"

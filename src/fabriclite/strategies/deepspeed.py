@@ -21,8 +21,9 @@ from fabriclite.birth.plan import InitPlan
 from fabriclite.birth.verify import Parts
 from fabriclite.errors import ConfigError, SetupOrderError
 from fabriclite.launch.environment import prepare_for_deepspeed
+from fabriclite.optim_state import OptimizerLayout
 from fabriclite.precision import Precision
-from fabriclite.strategies import _shared, _zero
+from fabriclite.strategies import _shared, _zero, _zero_state
 from fabriclite.strategies.configs import DeepSpeedStrategy
 from fabriclite.strategy import Finish, Strategy
 from fabriclite.world import World
@@ -196,31 +197,34 @@ class DeepSpeed(Strategy):
     @property
     @override
     def sharded_checkpoint(self) -> bool:
-        return False
+        return True
 
     @override
     def state_dict(self, engine: nn.Module) -> dict[str, Any]:
-        module = self.user_module(engine)
-        return module.state_dict() if engine is module else _zero.full_state_dict(module)
+        return _zero_state.state_dict(self.user_module(engine))
 
     @override
-    def load_state_dict(self, engine: nn.Module, state: Mapping[str, Any], strict: bool) -> None:
-        module = self.user_module(engine)
-        if engine is module:
-            _shared.load_into(module, state, strict)
-            return
-        _shared.check_fits(_zero.shapes(module), state, strict)
-        _zero.load_full(module, state)
+    def layout(self, engine: nn.Module) -> dict[str, Any]:
+        return _zero_state.layout(self.user_module(engine))
+
+    @override
+    def load_state_dict(self, engine: nn.Module, state: Mapping[str, Any]) -> None:
+        _zero_state.load_state_dict(self.user_module(engine), state)
 
     @override
     def optimizer_state(self, engine: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         base = cast(EngineOptimizer, optimizer).base
-        return _zero.optimizer_state(self.user_module(engine), base, self.group_names[engine], self._masters())
+        return _zero_state.optimizer_state(self.user_module(engine), base, self.group_names[engine], self._masters())
+
+    @override
+    def optimizer_layout(self, engine: nn.Module, optimizer: Optimizer) -> OptimizerLayout:
+        base = cast(EngineOptimizer, optimizer).base
+        return _zero_state.optimizer_layout(self.user_module(engine), base, self.group_names[engine])
 
     @override
     def load_optimizer_state(self, engine: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         base = cast(EngineOptimizer, optimizer).base
-        _zero.load_optimizer_state(self.user_module(engine), engine, base, self.group_names[engine], state)
+        _zero_state.load_optimizer_state(self.user_module(engine), engine, base, self.group_names[engine], state)
 
     def _masters(self) -> bool:
         return self.precision.half

@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from fabriclite import optim_state
+from fabriclite import module_state, optim_state
 from fabriclite.birth.births import Births
 from fabriclite.birth.plan import InitPlan
 from fabriclite.birth.verify import Parts
@@ -176,14 +176,23 @@ class TensorParallel(Strategy):
         return engine.state_dict()
 
     @override
-    def load_state_dict(self, engine: nn.Module, state: Mapping[str, Any], strict: bool) -> None:
+    def layout(self, engine: nn.Module) -> dict[str, Any]:
+        return self.state_dict(engine)
+
+    @override
+    def load_state_dict(self, engine: nn.Module, state: Mapping[str, Any]) -> None:
         _fully_shard.show_shards(engine)
-        _shared.load_into(engine, state, strict)
+        module_state.load_into(engine, state)
 
     @override
     def optimizer_state(self, engine: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         _fully_shard.show_shards(engine)
         return optim_state.named_state(optimizer, engine)
+
+    @override
+    def optimizer_layout(self, engine: nn.Module, optimizer: Optimizer) -> optim_state.OptimizerLayout:
+        _fully_shard.show_shards(engine)
+        return optim_state.layout(optimizer, engine)
 
     @override
     def load_optimizer_state(self, engine: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
