@@ -193,10 +193,23 @@ def go_on(run: Script) -> Outcome:
     return Outcome(losses=losses, next_draws=draws(run.fabric), **known)
 
 
+def without_dropout(run: Script) -> Script:
+    """Worlds of different sizes draw different masks; without any their losses can be compared."""
+    for module in run.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return run
+
+
+def draw_alike(source: Case, target: Case) -> bool:
+    """Whether every rank of the target goes on with the random numbers of the same rank of the source."""
+    return source.world == target.world and "tp" not in source.name + target.name
+
+
 def straight(fabric: Fabric, cases: list[Case], folder: Path) -> dict[Case, Any]:
     """Train, save on the way, go on; then load the checkpoint into the living objects and go on from it again."""
 
-    def one(case: Case) -> tuple[list[list[float]], Outcome, Outcome, dict[str, Tensor]]:
+    def one(case: Case) -> tuple[list[list[float]], Outcome, Outcome, dict[str, Tensor], list[float]]:
         run = script(fabric, case, seed=1)
         first = train(run, SAVED_AT)
         run.model.note = "saved"
@@ -206,7 +219,9 @@ def straight(fabric: Fabric, cases: list[Case], folder: Path) -> dict[Case, Any]
         uninterrupted = go_on(run)
         run.model.note = "later"
         run.fabric.load(folder / case.name, run.state)
-        return first, uninterrupted, go_on(run), weights
+        rewound = go_on(run)
+        run.fabric.load(folder / case.name, run.state)
+        return first, uninterrupted, rewound, weights, go_on(without_dropout(run)).means
 
     return {case: caught(one, case) for case in cases}
 
@@ -220,7 +235,8 @@ def resumed(fabric: Fabric, pairs: list[tuple[Case, Case]], folder: Path) -> dic
         random_states = torch.get_rng_state()
         run.fabric.save(folder / f"{source.name}-by-{target.name}", run.state)
         assert torch.equal(random_states, torch.get_rng_state()), "saving drew random numbers"
-        return go_on(run)
+        same = source == target or draw_alike(source, target)
+        return go_on(run if same else without_dropout(run))
 
     return {pair: caught(one, *pair) for pair in pairs}
 
@@ -253,8 +269,10 @@ def own_cases(strategy: str, world: int) -> list[Case]:
 RESUMES = [
     ("single_device", 1),
     ("ddp", 2),
+    ("ddp", 4),
     ("fsdp", 2),
     ("fsdp", 3),
+    ("fsdp", 4),
     ("fsdp_full", 2),
     ("fsdp_offload", 2),
     ("hsdp", 4),
@@ -264,32 +282,18 @@ RESUMES = [
     ("zero1", 2),
     ("zero2", 2),
     ("zero3", 2),
+    ("zero3", 3),
 ]
+"""As source and as target of one another, each with each, if they are among the crossed."""
+_ALIKE = ("fsdp_full", "fsdp_offload", "tp_full", "zero2")
+"""Their checkpoints are those of others."""
+CROSSED = [pair for pair in RESUMES if pair[0] not in _ALIKE]
 CROSSES = [
-    (Case(*source), Case(*target))
-    for source, target in [
-        (("single_device", 1), ("fsdp", 2)),
-        (("single_device", 1), ("zero1", 2)),
-        (("single_device", 1), ("tp", 4)),
-        (("ddp", 2), ("fsdp", 2)),
-        (("ddp", 2), ("zero1", 2)),
-        (("ddp", 2), ("zero2", 2)),
-        (("fsdp", 2), ("single_device", 1)),
-        (("fsdp", 2), ("ddp", 2)),
-        (("fsdp", 2), ("hsdp", 4)),
-        (("fsdp", 2), ("tp", 2)),
-        (("fsdp", 2), ("zero3", 2)),
-        (("fsdp", 3), ("fsdp", 2)),
-        (("fsdp_full", 2), ("tp", 4)),
-        (("hsdp", 4), ("fsdp", 2)),
-        (("tp", 2), ("fsdp", 2)),
-        (("tp", 4), ("single_device", 1)),
-        (("tp", 4), ("fsdp", 3)),
-        (("zero1", 2), ("ddp", 2)),
-        (("zero3", 2), ("fsdp", 2)),
-        (("zero3", 2), ("tp_full", 2)),
-        (("zero3", 2), ("zero1", 2)),
-    ]
+    *((Case(*source), Case(*target)) for source, target in itertools.permutations(CROSSED, 2)),
+    (Case("fsdp_full", 2), Case("tp", 4)),
+    (Case("zero3", 2), Case("tp_full", 2)),
+    (Case("ddp", 2), Case("zero2", 2)),
+    (Case("zero2", 2), Case("fsdp_offload", 2)),
 ]
 IN_16_BITS = [
     (replace(source, precision="bf16-true"), replace(target, precision="bf16-true"))
@@ -342,9 +346,19 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worlds]:
     assert not list(folder.glob(".*")), "something is left from writing"
 
 
+def near(outcome: Outcome, expected: Outcome) -> Outcome:
+    """With the expected losses, if its own are within rounding of them."""
+    for step, other in zip(outcome.losses, expected.losses, strict=True):
+        assert step == pytest.approx(other, rel=1e-5)
+    return replace(outcome, losses=expected.losses)
+
+
 @pytest.mark.parametrize("case", [c for s, w in RESUMES for c in own_cases(s, w)], ids=lambda case: case.name)
 def test_goes_on_as_if_never_stopped(worlds: Worlds, case: Case) -> None:
-    (first, uninterrupted, rewound, weights), other, (content, again) = worlds.pair(case, case)
+    (first, uninterrupted, rewound, weights, _), other, (content, again) = worlds.pair(case, case)
+    if (case.strategy, case.world) == ("ddp", 4):
+        # DDP orders its buckets anew after its first step, and gloo's sum over four depends on the place in one.
+        other, rewound = (near(outcome, uninterrupted) for outcome in (other, rewound))
     assert other == uninterrupted
     assert rewound == uninterrupted
     assert uninterrupted.learning_rate == 0.005
@@ -360,14 +374,16 @@ def test_goes_on_as_if_never_stopped(worlds: Worlds, case: Case) -> None:
 
 @pytest.mark.parametrize(("source", "target"), CROSSES, ids=lambda case: case.name.removesuffix("-32-true-joint"))
 def test_loads_what_another_strategy_saved(worlds: Worlds, source: Case, target: Case) -> None:
-    (_, uninterrupted, _, weights), other, (content, again) = worlds.pair(source, target)
+    (_, uninterrupted, _, weights, dry), other, (content, again) = worlds.pair(source, target)
     same_state(content, again)
     assert all(torch.equal(content["model"][k], v) for k, v in weights.items())
     assert set(content["optimizer"]["state"]) == {k for k in weights if k != "seen"}
     assert replace(other, losses=[], next_draws=[]) == replace(uninterrupted, losses=[], next_draws=[])
-    if source.world == target.world and "tp" not in source.name + target.name:
+    if draw_alike(source, target):
         assert other.means == pytest.approx(uninterrupted.means, rel=1e-5)
         assert other.next_draws == uninterrupted.next_draws
+    else:
+        assert other.means == pytest.approx(dry, rel=1e-5)
 
 
 @pytest.mark.parametrize(("source", "target"), IN_16_BITS, ids=lambda case: case.name)
