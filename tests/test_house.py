@@ -14,11 +14,23 @@ FILES = sorted(SRC.rglob("*.py"))
 FLOORS = {
     0: ("errors", "precision", "world", "devices", "_torch"),
     1: ("birth", "boxes", "shards", "stored", "stretch", "seed"),
-    2: ("strategy", "module_state", "collectives", "gradients", "optim", "optim_state", "data", "checkpoint.parts", "launch"),
+    2: (
+        "strategy",
+        "module_state",
+        "collectives",
+        "gradients",
+        "optim",
+        "optim_state",
+        "data",
+        "data_passes",
+        "data_samplers",
+        "checkpoint.parts",
+        "launch",
+    ),
     3: ("strategies", "module", "checkpoint"),
     4: ("registry", "arguments", "books", "checks", "entries"),
     5: ("fabric",),
-    6: ("",),
+    6: ("", "cli", "__main__"),
 }
 
 
@@ -86,8 +98,8 @@ OWNERS = [
     ("os.environ", ("launch", "arguments")),
     ("set_default_dtype", ("birth",)),
     (".is_meta", ("birth",)),
-    ("import deepspeed", ("strategies.deepspeed", "strategies._zero")),
-    ("from deepspeed", ("strategies._zero", "strategies.deepspeed")),
+    ("import deepspeed", ("strategies.deepspeed", "strategies._zero", "strategies._zero_state")),
+    ("from deepspeed", ("strategies._zero", "strategies._zero_state", "strategies.deepspeed")),
     ("torch.load(", ("checkpoint",)),
     ("torch.save(", ("checkpoint",)),
     ("init_process_group", ("launch.process_group",)),

@@ -1,5 +1,8 @@
 """fabriclite: one PyTorch training script, on one device or thousands."""
 
+from fabriclite.checkpoint.formats import Safetensors
+from fabriclite.checkpoint.report import LoadReport
+from fabriclite.checkpoint.saving import SaveHandle
 from fabriclite.errors import (
     CheckpointError,
     ConfigError,
@@ -32,10 +35,13 @@ __all__ = [
     "Fabric",
     "FabricError",
     "LaunchError",
+    "LoadReport",
     "MaterializeError",
     "ModelParallelStrategy",
     "NonFiniteGradientError",
     "Precision",
+    "Safetensors",
+    "SaveHandle",
     "SetupOrderError",
     "SingleDeviceStrategy",
     "World",

@@ -28,6 +28,8 @@ from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 
 if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+    from torch.distributed.checkpoint.storage import WriteResult
     from torch.distributed.tensor import DTensor
 
 
@@ -103,6 +105,18 @@ def local_pieces_in_order(tensor: "DTensor") -> list[tuple[int, int]]:
         elif placement.is_shard():
             plain.append((mesh_dim, placement.dim))  # type: ignore[attr-defined]
     return plain + strided[::-1]
+
+
+def shard_written(index: "MetadataIndex", file: str, offset: int, length: int) -> "WriteResult":
+    """What a checkpoint's writer tells of a shard that lies in ``file``.
+
+    ``torch.distributed.checkpoint.filesystem._StorageInfo``, which its index is pickled with. ``FileSystemWriter`` has
+    no public way to write the files oneself.
+    """
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.storage import WriteResult
+
+    return WriteResult(index=index, size_in_bytes=length, storage_data=_StorageInfo(file, offset, length))
 
 
 class LocalGradScaler(GradScaler):
@@ -194,6 +208,11 @@ class DispatchMode(_python_dispatch.TorchDispatchMode):  # type: ignore[no-untyp
 def storage_key(tensor: Tensor) -> int:
     """The same for all tensors of one storage, while that lives: ``UntypedStorage._cdata``, its address in C++."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def untyped(storage: torch.TypedStorage | torch.UntypedStorage) -> torch.UntypedStorage:
+    """The bytes below: ``TypedStorage._untyped_storage``. The public ``untyped`` warns that it is old, to the user."""
+    return storage._untyped_storage if isinstance(storage, torch.TypedStorage) else storage
 
 
 def version(tensor: Tensor) -> int:

@@ -140,6 +140,19 @@ class Books:
             )
         return self._engine_behind(self._owners[optimizer])
 
+    def all_of(self, optimizer: Optimizer, strategy: Strategy) -> nn.Module:
+        """The engine whose parameters ``optimizer`` steps; of several modules a list of them, in the order of setup.
+
+        Raises:
+            SetupOrderError: it was not set up.
+        """
+        own = self.engine_of(optimizer)
+        stepped = {id(p) for p in optim.params_of(optimizer)}
+        owners = [module for module in self._panes if any(id(p) in stepped for p in module.parameters())]
+        if len(owners) < 2:
+            return own
+        return nn.ModuleList(strategy.user_module(self._engine_behind(module)) for module in owners)
+
     def _engine_behind(self, module: nn.Module) -> nn.Module:
         pane = self._panes[module]()
         if pane is None:

@@ -13,80 +13,15 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     RandomSampler,
-    Sampler,
     SequentialSampler,
 )
-from typing_extensions import override
 
 from fabriclite.collectives import broadcast
+from fabriclite.data_passes import Reading, checked, parts_of, passes_of
+from fabriclite.data_samplers import EpochSampler, ShardedSampler
 from fabriclite.errors import ConfigError, SetupOrderError
-from fabriclite.seed import seeded, worker_init
+from fabriclite.seed import worker_init
 from fabriclite.world import World
-
-
-class EpochSampler(DistributedSampler[Any]):
-    """Torch's ``DistributedSampler`` whose epoch goes on by itself.
-
-    Each pass over the data shuffles anew; ``set_epoch(e)`` says which pass comes next, and it goes on from there. The
-    order depends on seed, epoch and size alone, so every strategy reads the same.
-    """
-
-    @override
-    def __iter__(self) -> Iterator[int]:
-        order = super().__iter__()
-        self.epoch += 1
-        return iter(order)
-
-
-class ShardedSampler(Sampler[Any]):
-    """Every ``replicas``-th item of a user's sampler (indices or whole batches), starting at ``index``.
-
-    All ranks must see the same items, so the sampler runs under random numbers of ``(seed, epoch)``: torch's, NumPy's
-    and Python's own, and its own ``generator``. What they were before is put back. If the count does not divide, the
-    first items are given again, so that all ranks take the same number of steps.
-    """
-
-    def __init__(self, sampler: Any, replicas: int, index: int, seed: int) -> None:
-        self.sampler = sampler
-        self.replicas = replicas
-        self.index = index
-        self.seed = seed
-        self.epoch = 0
-        if not isinstance(sampler, Sized):
-            raise ConfigError(
-                f"The sampler of a data loader must have a length to be split over {replicas} ranks, but"
-                f" {type(sampler).__name__} has none. Split it yourself and pass use_distributed_sampler=False."
-            )
-
-    @override
-    def __iter__(self) -> Iterator[Any]:
-        with seeded(self.seed + self.epoch, *_generators(self.sampler)):
-            items = list(self.sampler)
-        self.epoch += 1
-        short = -len(items) % self.replicas
-        items += (items * (short // max(len(items), 1) + 1))[:short]
-        return iter(items[self.index :: self.replicas])
-
-    def __len__(self) -> int:
-        return -(-len(self.sampler) // self.replicas)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Say which pass comes next."""
-        self.epoch = epoch
-        inner = getattr(self.sampler, "set_epoch", None)
-        if inner is not None:
-            inner(epoch)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "sampler":  # not there yet: unpickling asks before __init__ ran
-            raise AttributeError(name)
-        return getattr(self.sampler, name)
-
-
-def _generators(sampler: object) -> list[torch.Generator]:
-    """Those of a sampler, and of the sampler that a batch sampler draws from."""
-    owners = (sampler, getattr(sampler, "sampler", None))
-    return [g for g in (getattr(owner, "generator", None) for owner in owners) if isinstance(g, torch.Generator)]
 
 
 def shard(loader: DataLoader[Any], replicas: int, index: int, seed: int) -> DataLoader[Any]:
@@ -107,7 +42,7 @@ def shard(loader: DataLoader[Any], replicas: int, index: int, seed: int) -> Data
     if replicas == 1 and not isinstance(own, Sized):
         return loader
     if custom_batches:
-        return _again(loader, batch_sampler=ShardedSampler(loader.batch_sampler, replicas, index, seed))
+        return _again(loader, batch_sampler=ShardedSampler(own, replicas, index, seed, batches=True))
     if plain:
         _check_length(loader.dataset)
         sampler: Any = EpochSampler(
@@ -210,24 +145,46 @@ def set_up(
     init = worker_init(world.rank)
     if init is not None and loader.num_workers > 0 and loader.worker_init_fn is None:
         loader.worker_init_fn = init
-    return FabricDataLoader(loader, device)
+    return FabricDataLoader(loader, device, world)
 
 
 class FabricDataLoader:
-    """A data loader after ``setup_dataloaders``: the same batches, on this rank's device. Made by ``Fabric``."""
+    """A data loader after ``setup_dataloaders``: the same batches, on this rank's device. Made by ``Fabric``.
 
-    def __init__(self, loader: DataLoader[Any], device: torch.device | None) -> None:
+    Its state is an exact place in the data, between the batches that were handed out and those that were not, whatever
+    workers have read ahead. In another run, the first loop after loading it goes on there, without reading what came
+    before; the passes after it are whole, and so is ``len(loader)``. The rules:
+
+    - Until a new pass begins or ``set_epoch`` is called, the place is that of the last batch, also of a loop that was
+      left in the middle. If it was the last batch of all, the loop that goes on is empty.
+    - ``set_epoch`` with the epoch of the loaded place keeps it; any other begins that pass at its beginning.
+    - Places are counted in samples over all replicas. With other ranks or another batch size the pass goes on with the
+      very next sample and has new batches from there: no sample comes twice or is lost, but for those that fill up or
+      are dropped at the end of a pass as in any other. Batches of a batch sampler stay as they are; only of one that
+      was partly seen just the rest comes.
+    - What you split yourself goes on in the order that its sampler gives. A sampler that draws from the random numbers
+      of the process draws the same again, on the same number of ranks. Between passes its ``generator`` is yours.
+    - Nothing can leave out batches of an ``IterableDataset``: they are read again, with the random numbers of then, on
+      the same number of ranks. If it has ``state_dict`` and ``load_state_dict``, these are used instead when
+      ``num_workers`` is 0, within a pass; a last batch that is short counts as the end of it.
+    - The random numbers of the process are those of the run that never stopped, if the checkpoint restored them; those
+      of workers are others. With ``in_order=False``, which batches came first is not known: their number counts.
+    """
+
+    def __init__(self, loader: DataLoader[Any], device: torch.device | None, world: World | None = None) -> None:
         self._loader = loader
         self._device = device  # None: batches stay where they are
+        self._passes = passes_of(loader, world or World())
 
     @property  # type: ignore[misc]  # what stands for an object answers isinstance as it would
     def __class__(self) -> type:
         return type(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
-        if self._device is None or self._device.type == "cpu":
-            return iter(self._loader)
-        return (to_device(batch, self._device) for batch in self._loader)
+        return Reading(self._passes, self._arrived)
+
+    def _arrived(self, batch: Any) -> Any:
+        return batch if self._device is None or self._device.type == "cpu" else to_device(batch, self._device)
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -238,36 +195,38 @@ class FabricDataLoader:
         Raises:
             ConfigError: neither sampler nor dataset knows epochs.
         """
-        found = False
-        batches = self._loader.batch_sampler
-        for part in (self._loader.sampler, batches, getattr(batches, "sampler", None), self._loader.dataset):
-            setter = getattr(part, "set_epoch", None)
-            if setter is not None:
-                setter(epoch)
-                found = True
-        if not found:
+        setters = [part.set_epoch for part in parts_of(self._loader) if hasattr(part, "set_epoch")]
+        if not setters:
             raise ConfigError(
                 "`set_epoch` must find a sampler or dataset that knows epochs, but neither has a set_epoch method."
             )
+        for setter in setters:
+            setter(epoch)
+        self._passes.run = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Which pass comes next, and what the loader itself would save. Save it after a pass, not within one."""
+        """The place in the data, and what the loader itself would save, which then is its place.
+
+        Every rank must call this where reading is left to you, as it is by an ``IterableDataset``.
+        """
         own = getattr(self._loader, "state_dict", None)
-        return {"epoch": getattr(self._epochs(), "epoch", None), "loader": None if own is None else own()}
+        state = {**self._passes.state(), "loader": None if own is None else own()}
+        return state if own is None else {**state, "seen": None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the pass that :meth:`state_dict` named."""
+        """Go on at the place that :meth:`state_dict` named.
+
+        Raises:
+            CheckpointError: ``state`` is none, or names a place that this loader's data does not have.
+        """
+        state = checked(state)
+        place = self._passes.located(state)
         if state["epoch"] is not None:
             self.set_epoch(state["epoch"])
+        self._passes.go_on(place, state["seed"])
         own = getattr(self._loader, "load_state_dict", None)
         if own is not None and state["loader"] is not None:
             own(state["loader"])
-
-    def _epochs(self) -> Any:
-        """The sampler that counts passes; ``None`` where none does."""
-        batches = self._loader.batch_sampler
-        candidates = (self._loader.sampler, batches, getattr(batches, "sampler", None))
-        return next((s for s in candidates if hasattr(s, "set_epoch")), None)
 
     def __getattr__(self, name: str) -> Any:
         if name == "_loader":  # not there yet: unpickling asks before __init__ ran
@@ -275,7 +234,7 @@ class FabricDataLoader:
         return getattr(self._loader, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("_loader", "_device"):
+        if name in ("_loader", "_device", "_passes"):
             object.__setattr__(self, name, value)
         else:
             setattr(self._loader, name, value)

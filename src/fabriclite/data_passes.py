@@ -12,15 +12,16 @@ from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from fabriclite.collectives import gather_objects
-from fabriclite.data_position import KeptSampler, Pass, Place, Placed, beyond, drawing, drawing_again, epoch_of
+from fabriclite.data_samplers import KeptSampler, Pass, Place, Placed, beyond, drawing, drawing_again, epoch_of
 from fabriclite.errors import CheckpointError
-from fabriclite.seed import seeded
+from fabriclite.seed import host_rng_state, seeded, set_rng_state
 from fabriclite.world import World
 
 _KEYS: Final = ["epoch", "kind", "loader", "ranks", "seed", "seen"]
 _OLD_KEYS: Final = ["epoch", "loader"]
 """Of a state that names only the pass that comes next."""
 _RETURNED: Final = "Load what its state_dict() returned."
+_FIRST: Final = "first"
 _NOTHING: Final = object()
 
 
@@ -112,7 +113,7 @@ class Passes:
             raise beyond(seen, total)
         own = self.own_of(state["ranks"])
         unit = self.unit(own)
-        if seen % unit:
+        if seen % unit and seen != total:
             raise CheckpointError(
                 f"`seen` of a data loader's state must be a multiple of {unit} to go on in data that you split, but is"
                 f" {seen}. Use the batch size and the ranks that it was saved with."
@@ -132,13 +133,18 @@ class Passes:
         self.run = None
         self.sampler.place = place
         if seed is not None and hasattr(self.sampler, "seed"):
-            self.sampler.seed = seed  # type: ignore[attr-defined]
+            self.sampler.seed = seed
 
 
 class KeptPasses(Passes):
     """The passes over a loader that was left as it is."""
 
     kind = "kept"
+
+    @property
+    def replicas(self) -> int | None:
+        """How many read beside this one, where its sampler tells."""
+        return getattr(self.sampler, "replicas", None)
 
     @override
     def order(self, own: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -147,11 +153,14 @@ class KeptPasses(Passes):
     @override
     def own_of(self, ranks: Any) -> Mapping[str, Any] | None:
         if not isinstance(ranks, list) or any(not isinstance(own, Mapping | None) for own in ranks):
-            raise CheckpointError(f"`ranks` of a data loader's state must be a list, but is {ranks!r}. {_RETURNED}")
+            raise CheckpointError(
+                f"`ranks` of a data loader's state must be a list of what each rank knew, but is {type(ranks).__name__}"
+                f" of another kind. {_RETURNED}"
+            )
         if len(ranks) == self.world.size:
             own: Mapping[str, Any] | None = ranks[self.world.rank]
             return own
-        if self.sampler.replicas is None or any(own is not None for own in ranks):
+        if self.replicas is None or any(own is not None for own in ranks):
             raise CheckpointError(
                 f"A place in data that you split must be loaded on as many ranks as saved it, {len(ranks)}, but there"
                 f" are {self.world.size}. Start {len(ranks)}, or leave the loader out and begin a new pass."
@@ -160,7 +169,7 @@ class KeptPasses(Passes):
 
     @override
     def unit(self, own: Mapping[str, Any] | None) -> int:
-        return self.sampler.replicas or 1
+        return self.replicas or 1
 
 
 class StreamPasses(KeptPasses):
@@ -182,20 +191,28 @@ class StreamPasses(KeptPasses):
     def begin(self) -> tuple[Iterator[Any], Pass]:
         epoch = epoch_of(parts_of(self.loader))
         place = self.sampler.take(epoch) or Place(epoch, 0)
-        own = place.own or drawing(self.generators)
+        own = dict(place.own or drawing(self.generators))
         self.sampler.begun = run = Pass(epoch, place.seen, own, self.each)
         if place.own is None:
-            return iter(self.loader), run
-        if self._goes_on_itself(own):
+            inner: Iterator[Any] = iter(self.loader)
+        elif self._goes_on_itself(own):
             self.dataset.load_state_dict(own["dataset"])
             with self.seeds_drawn_before(place):
-                return iter(self.loader), run
+                inner = iter(self.loader)
+        else:
+            inner = self._read_again(run.seen, own)
+        here = self.loader.num_workers == 0
+        return _noting(inner, own) if here and _FIRST not in own else inner, run
+
+    def _read_again(self, seen: int, own: Mapping[str, Any]) -> Iterator[Any]:
         with drawing_again(own, self.generators):
             inner = iter(self.loader)
-            for count in range(run.seen // self.each):
+            if _FIRST in own:
+                set_rng_state(own[_FIRST])
+            for count in range(seen // self.each):
                 if next(inner, _NOTHING) is _NOTHING:
-                    raise beyond(run.seen, count * self.each)
-        return inner, run
+                    raise beyond(seen, count * self.each)
+        return inner
 
     @override
     def now(self) -> Place | None:
@@ -209,7 +226,8 @@ class StreamPasses(KeptPasses):
         own = super().own_of(ranks)
         if own is None:
             raise CheckpointError(
-                f"`ranks` of a data loader's state must tell of each rank, but is {ranks!r}. {_RETURNED}"
+                "`ranks` of a data loader's state must tell where the stream of this rank is, but does not."
+                f" {_RETURNED}"
             )
         return own
 
@@ -219,6 +237,12 @@ class StreamPasses(KeptPasses):
 
     def _goes_on_itself(self, own: Mapping[str, Any] | None) -> bool:
         return self.dataset is not None and own is not None and "dataset" in own
+
+
+def _noting(inner: Iterator[Any], own: dict[str, Any]) -> Iterator[Any]:
+    """``inner``; where random numbers stand at its first batch, when most datasets begin to draw, is put in ``own``."""
+    own[_FIRST] = host_rng_state()
+    yield from inner
 
 
 class Reading(Iterator[Any]):
@@ -279,8 +303,9 @@ def passes_of(loader: DataLoader[Any], world: World) -> Passes:
     ours = loader.sampler if isinstance(loader.sampler, Placed) else getattr(loader, name)
     if not isinstance(ours, Placed):
         ours = KeptSampler(ours, loader.batch_sampler is not None, loader.dataset)
-        # Setting the attribute is refused, as another sampler would contradict the batch size. This one does not.
-        vars(loader)[name] = ours
+        if not hasattr(loader, "state_dict"):  # else it keeps its place itself, and may look at its sampler for that
+            # Setting the attribute is refused, as another sampler would contradict the batch size. This one does not.
+            vars(loader)[name] = ours
     if isinstance(ours, KeptSampler):
         return KeptPasses(loader, world, ours)
     ours.step = loader.batch_size or 1

@@ -29,7 +29,7 @@ def part_of(state: dict[str, Any], key: str, strategy: Strategy, books: Books) -
     if books.knows_module(value):
         return ModulePart(strategy, books.engine(value))
     if books.knows_optimizer(value):
-        return OptimizerPart(strategy, books.engine_of(value), value)
+        return OptimizerPart(strategy, books.all_of(value, strategy), value)
     if isinstance(value, nn.Module):
         return LooseModulePart(value)
     if callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None)):

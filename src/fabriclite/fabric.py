@@ -15,7 +15,9 @@ from fabriclite import data as loaders
 from fabriclite.birth import session
 from fabriclite.birth.plan import enter
 from fabriclite.books import Books
-from fabriclite.checkpoint.saving import Saver
+from fabriclite.checkpoint.formats import Format, Safetensors
+from fabriclite.checkpoint.report import LoadReport
+from fabriclite.checkpoint.saving import SaveHandle, Saver
 from fabriclite.errors import ConfigError, SetupOrderError
 from fabriclite.launch import process_group, workers
 from fabriclite.launch.choose import Situation, choose
@@ -26,11 +28,7 @@ from fabriclite.strategy import Strategy, StrategyConfig
 from fabriclite.world import World
 
 if TYPE_CHECKING:
-    from fabriclite.checkpoint.export import Safetensors
     from fabriclite.checkpoint.parts import Part
-    from fabriclite.checkpoint.raw import LoadReport
-    from fabriclite.checkpoint.saving import SaveHandle
-    from fabriclite.checkpoint.session import Format
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -479,10 +477,10 @@ class Fabric:
         state: dict[str, Any],
         filter: Mapping[str, Callable[[str, Any], bool]] | None = None,
         *,
-        format: "Format | Safetensors | None" = None,
+        format: Format | Safetensors | None = None,
         keep_last: int | None = None,
         asynchronous: bool = False,
-    ) -> "SaveHandle | None":
+    ) -> SaveHandle | None:
         """Write a checkpoint of modules, optimizers, anything with ``state_dict``, and plain values.
 
         Every rank must call this. It is written beside, brought to the disk and looked at, and then takes its name; a
@@ -545,7 +543,7 @@ class Fabric:
         *,
         weights_only: bool = True,
         rename: Mapping[str, str] | Callable[[str], str] | None = None,
-    ) -> "LoadReport | None":
+    ) -> LoadReport | None:
         """Load weights alone: a Hugging Face folder, ``.safetensors``, ``.pt``/``.pth``/``.bin``, or our checkpoint.
 
         Every rank must call this. Each reads only its own part of the files. Before :meth:`setup` a model from

@@ -37,7 +37,7 @@ class Crew:
             except CheckpointError as error:
                 failure = str(error)
             except BaseException as error:
-                failure = f"Rank 0 must be able to {what}, but could not: {_reason(error)}"
+                failure = f"Rank 0 must be able to {what}, but could not: {_reason(_cause(error)[1])}"
         failure, result = broadcast(self.world, (failure, result), group=self.group)
         if failure is not None:
             raise CheckpointError(failure)
@@ -54,27 +54,34 @@ class Crew:
         """
         result: Any = None
         own: FabricError | None = None
-        failure: str | None = None
+        failure: tuple[int, str] | None = None
         try:
             result = act()
         except FabricError as error:
-            own, failure = error, str(error)
+            own, failure = error, (self.world.rank, str(error))
         except BaseException as error:
-            failure = _reason(error)
-        for rank, reason in enumerate(gather_objects(self.world, failure, group=self.group)):
-            if reason is not None:
+            first, cause = _cause(error)
+            failure = self.world.rank if first is None else first, _reason(cause)
+        for told in gather_objects(self.world, failure, group=self.group):
+            if told is not None:
                 if own is not None:
                     raise own
-                raise CheckpointError(f"Every rank must be able to {what}, but rank {rank} could not: {reason}")
+                raise CheckpointError(f"Every rank must be able to {what}, but rank {told[0]} could not: {told[1]}")
         return result  # type: ignore[no-any-return]
+
+
+def _cause(error: BaseException) -> tuple[int | None, BaseException]:
+    """What was raised first and, where torch told every rank of it, by which one."""
+    from torch.distributed.checkpoint.api import CheckpointException  # only for failures: it costs 0.6 s to import
+
+    if isinstance(error, CheckpointException):  # no Exception: it holds what the ranks raised
+        rank, (cause, _) = next(iter(error.failures.items()))
+        return rank, cause
+    return None, error
 
 
 def _reason(error: BaseException) -> str:
     """What happened and, of the file system's reasons, how to mend it. Leaves what is no failure of the work."""
-    from torch.distributed.checkpoint.api import CheckpointException  # only for failures: it costs 0.6 s to import
-
-    if isinstance(error, CheckpointException):  # no Exception: it holds what the ranks raised
-        error = next(iter(error.failures.values()))[0]
     if isinstance(error, KeyboardInterrupt | SystemExit):
         raise error
     text = f"{type(error).__name__}: {str(error).rstrip('.')}."

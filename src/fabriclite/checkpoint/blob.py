@@ -106,6 +106,21 @@ def _parameter(plain: Any, *_more: Any) -> Any:
     return plain
 
 
+STORAGES: Final[Mapping[str, torch.dtype]] = {
+    "BFloat16Storage": torch.bfloat16,
+    "BoolStorage": torch.bool,
+    "ByteStorage": torch.uint8,
+    "CharStorage": torch.int8,
+    "ComplexDoubleStorage": torch.complex128,
+    "ComplexFloatStorage": torch.complex64,
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
+    "ShortStorage": torch.int16,
+}
+"""Names that torch gives storages in files; newer dtypes are named themselves."""
 _TENSORS: Final[Mapping[tuple[str, str], Any]] = {
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _tensor,
@@ -128,9 +143,8 @@ class _Unpickler(pickle.Unpickler):
         found = getattr(torch, name, None) if module == "torch" else None
         if isinstance(found, torch.dtype):
             return found
-        kept = getattr(found, "dtype", None) if name.endswith("Storage") else None  # torch.FloatStorage and its like
-        if isinstance(kept, torch.dtype):
-            return kept
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
         raise ValueError(f"{module}.{name} is no part of a tensor")
 
     @override

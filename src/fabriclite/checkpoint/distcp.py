@@ -1,6 +1,5 @@
 """The tensors of a ``torch.distributed.checkpoint`` folder: each chunk is a file of ``torch.save`` inside a file."""
 
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,14 +130,12 @@ class ChunkBlob(Extent):
         self._blob = blob
         self._dtype = dtype
         self._found = False
-        self._lock = threading.Lock()
 
     @override
     def place(self) -> tuple[int, tuple[int, ...] | None]:
-        with self._lock:
-            if not self._found:
-                self._place = self._find()
-                self._found = True
+        if not self._found:  # two threads may both find it: they find the same
+            self._place = self._find()
+            self._found = True
         return self._place
 
     def _find(self) -> tuple[int, tuple[int, ...]]:

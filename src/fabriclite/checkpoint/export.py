@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,29 +13,11 @@ from torch import Tensor, nn
 
 from fabriclite import module_state, shards
 from fabriclite.checkpoint.agree import Crew
+from fabriclite.checkpoint.formats import Safetensors
 from fabriclite.checkpoint.parts import LooseModulePart, ModulePart, Part, taken
-from fabriclite.checkpoint.safetensors_writer import DEFAULT_MAX_BYTES, Entry, SafetensorsWriter, in_order
+from fabriclite.checkpoint.safetensors_writer import Entry, SafetensorsWriter, in_order
 from fabriclite.errors import ConfigError
 from fabriclite.stretch import Stretch
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Safetensors:
-    """The format of an export.
-
-    Attributes:
-        max_file_bytes: the tensors of one file are at most this large together; a larger one has a file of its own.
-
-    Raises:
-        ConfigError: it is no count.
-    """
-
-    max_file_bytes: int = DEFAULT_MAX_BYTES
-
-    def __post_init__(self) -> None:
-        size: object = self.max_file_bytes
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ConfigError(f"`max_file_bytes` must be a count of at least 1, but is {size!r}. Example: 5 * 10**9.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +54,7 @@ class ExportContent:
         twice = _names_to_leave_out(module, state)
         options = format if isinstance(format, Safetensors) else Safetensors()
         tensors = {name: value for name, value in state.items() if name not in twice}
-        return cls(tensors, _documents(module), options.max_file_bytes)
+        return cls(tensors, _documents(module, tensors), options.max_file_bytes)
 
     def write(self, crew: Crew, path: Path) -> None:
         """Write the folder. Every rank must call this."""
@@ -122,16 +105,29 @@ class _Writing:
 
 def _names_to_leave_out(module: nn.Module, state: Mapping[str, Any]) -> set[str]:
     """Of tied names all but one: the one that a Hugging Face model does not list as tied, else the first."""
-    listed: Any = getattr(module, "_tied_weights_keys", None) or ()
+    listed = [(f"{path}." if path else "", patterns) for path, patterns in _listed_as_tied(module)]
+
+    def is_listed(name: str) -> bool:
+        return any(
+            name.startswith(prefix) and any(re.search(pattern, name.removeprefix(prefix)) for pattern in patterns)
+            for prefix, patterns in listed
+        )
+
     out: set[str] = set()
     for names in module_state.tied_names(module):
         present = [name for name in names if name in state]
-        kept = next((name for name in present if name not in listed), present[0] if present else None)
+        kept = next((name for name in present if not is_listed(name)), present[0] if present else None)
         out |= {name for name in present if name != kept}
     return out
 
 
-def _documents(module: nn.Module) -> dict[str, bytes]:
+def _listed_as_tied(module: nn.Module) -> list[tuple[str, list[str]]]:
+    """Where in ``module`` Hugging Face models are, and the patterns of names in them that copy another's tensor."""
+    found = ((path, getattr(sub, "_tied_weights_keys", None)) for path, sub in module.named_modules())
+    return [(path, list(patterns)) for path, patterns in found if isinstance(patterns, dict | list | tuple)]
+
+
+def _documents(module: nn.Module, tensors: Mapping[str, Tensor | Stretch]) -> dict[str, bytes]:
     """The configuration files of a Hugging Face model; nothing of another."""
     found: dict[str, bytes] = {}
     for attribute in ("config", "generation_config"):
@@ -139,7 +135,10 @@ def _documents(module: nn.Module) -> dict[str, bytes]:
         if callable(getattr(config, "save_pretrained", None)):
             config = copy.deepcopy(config)
             if attribute == "config":
-                config.architectures = [type(module).__name__]
+                config.architectures = [type(module).__name__.removeprefix("FSDP")]  # as `fully_shard` renames it
+                dtypes = [value.dtype for value in tensors.values() if value.dtype.is_floating_point]
+                if dtypes:  # else it says that of what was loaded once, and opens as that
+                    config.dtype = str(dtypes[0]).removeprefix("torch.")
             with tempfile.TemporaryDirectory() as folder:
                 config.save_pretrained(folder)
                 found.update({file.name: file.read_bytes() for file in Path(folder).iterdir() if file.is_file()})

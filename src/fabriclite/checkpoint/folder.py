@@ -2,24 +2,25 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import IO, Any, Final, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemBase, FileSystemWriter
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, StorageMeta, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 from typing_extensions import override
 
-from fabriclite import shards
+from fabriclite import _torch, shards
 from fabriclite.boxes import Box, all_of, lengths
 from fabriclite.checkpoint import disk, place, sums
 from fabriclite.checkpoint.agree import Crew
@@ -29,7 +30,7 @@ from fabriclite.collectives import gather_objects
 from fabriclite.stretch import Stretch
 from fabriclite.world import World
 
-_SMALL: Final = 64
+SMALL: Final = 64
 """Elements up to which a moment that is not sharded goes to the rest: a step counter takes 1 KB as a shard."""
 
 
@@ -41,13 +42,15 @@ class Shard:
         name: of the tensor in the folder.
         shape: of the whole tensor.
         box: which part.
-        values: of the box's shape.
+        dtype: of its values.
+        values: gives them, in the box's shape. Called when they are written, so that one shard is in memory at a time.
     """
 
     name: str
     shape: torch.Size
     box: Box
-    values: Tensor
+    dtype: torch.dtype
+    values: Callable[[], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,7 @@ class FolderContent:
 
         def finish() -> None:
             files = {name: file for of_one in told for name, file in of_one.items()}
-            write_rest(self.rest, files, path)
+            write_rest(lambda file: torch.save(dict(self.rest), file), files, path)
 
         crew.on_rank_zero(finish, f"write the checkpoint {path}")
 
@@ -105,7 +108,7 @@ def _split(part: Part, state: Any) -> tuple[dict[str, Tensor | Stretch], Any]:
 
 
 def _is_small(value: Tensor | Stretch) -> bool:
-    return isinstance(value, Tensor) and not isinstance(value, DTensor) and value.numel() <= _SMALL
+    return isinstance(value, Tensor) and not isinstance(value, DTensor) and value.numel() <= SMALL
 
 
 def _tensors_of(tree: Mapping[str, Any]) -> dict[str, Tensor | Stretch]:
@@ -134,14 +137,15 @@ def _shards_of(name: str, value: Tensor | Stretch, first: bool, copied: bool) ->
     if plain or value.shape.numel() == 0:
         if first:
             whole_value = shards.local(value) if isinstance(value, Tensor) else value.values.view(value.shape)
-            yield Shard(name, value.shape, all_of(value.shape), _host(whole_value, copied))
+            yield Shard(name, value.shape, all_of(value.shape), value.dtype, _held(whole_value, copied))
         return
     for box, values in shards.pieces(value):
-        yield Shard(name, value.shape, box, _host(values, copied))
+        yield Shard(name, value.shape, box, value.dtype, _held(values, copied))
 
 
-def _host(values: Tensor, copied: bool) -> Tensor:
-    return values.detach().to("cpu", copy=True) if copied else values.detach()
+def _held(values: Tensor, copied: bool) -> Callable[[], Tensor]:
+    held = values.detach().to("cpu", copy=True) if copied else values.detach()
+    return lambda: held
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -154,26 +158,50 @@ def write_shards(shards: Sequence[Shard], path: Path, crew: Crew) -> dict[str, F
         Size and checksums of the files that this rank wrote.
     """
     files = _Files()
-    writer = FileSystemWriter(path, sync_files=disk.is_local(path))
-    writer.fs = cast(FileSystem, files)
-    alone = not dist.is_initialized()
+    writer = _Writer("", sync_files=disk.is_local(path))
+    writer.fs, writer.path = cast(FileSystem, files), path
+    alone = crew.world.size == 1
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # writing alone is meant
         dcp_save({}, storage_writer=writer, planner=_Planner(shards), process_group=crew.group, no_dist=alone)
     return {name.removesuffix(".tmp"): file for name, file in files.written.items()}
 
 
-def write_rest(rest: Mapping[str, Any], files: dict[str, FileSum], path: Path) -> None:
-    """Write what is no shard, and the list of checksums; have all on the disk, and look at it again."""
+def write_rest(write: Callable[[Any], None], files: Mapping[str, FileSum], path: Path) -> None:
+    """Have ``write`` write what is no shard, and list the checksums; have all on the disk, and look at it again."""
     out = _Files()
     with out.create_stream(path / place.META, "wb") as file:
-        torch.save(dict(rest), file)
+        write(file)
     disk.sync(path / place.META)
     files = {**files, **out.written}
     (path / sums.SUMS).write_bytes(sums.dump(files))
     disk.sync(path / sums.SUMS)
     disk.sync(path)
     sums.check_sizes(path, sums.listed(path) or {})
+
+
+class _Writer(FileSystemWriter):
+    """Writes shards one after the other. Torch's own keeps every one in memory until the last is written."""
+
+    @override
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()  # torch would pickle the path: of this machine, and of the name before publication
+
+    @override
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        name = f"{plan.storage_data.prefix}0.distcp"
+        path = cast(Path, self.path) / name
+        results = []
+        with self.fs.create_stream(path, "wb") as file:
+            for item in plan.items:
+                start = file.tell()
+                torch.save(planner.resolve_data(item), cast(IO[bytes], file))
+                results.append(_torch.shard_written(item.index, name, start, file.tell() - start))
+        if self.sync_files:
+            disk.sync(path)
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
 
 
 class _Files(FileSystemBase):
@@ -242,7 +270,9 @@ class _Planner(DefaultSavePlanner):
     @override
     def lookup_object(self, index: MetadataIndex) -> Any:
         assert index.offset is not None
-        return self._values[index.fqn, tuple(index.offset)].contiguous()
+        values = self._values[index.fqn, tuple(index.offset)]().cpu().contiguous()
+        # of a view torch would save all that it looks into
+        return values.clone() if values.untyped_storage().nbytes() != values.nbytes else values
 
 
 def _write_item(shard: Shard) -> WriteItem:
@@ -252,7 +282,7 @@ def _write_item(shard: Shard) -> WriteItem:
         type=WriteItemType.SHARD,
         tensor_data=TensorWriteData(
             chunk=ChunkStorageMetadata(offsets=offsets, sizes=torch.Size(lengths(shard.box))),
-            properties=TensorProperties(dtype=shard.values.dtype),
+            properties=TensorProperties(dtype=shard.dtype),
             size=shard.shape,
         ),
     )

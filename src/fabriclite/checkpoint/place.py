@@ -40,16 +40,25 @@ def is_folder(path: Path) -> bool:
 # -- before a save ----------------------------------------------------------------------------------------------------
 
 
-def prepare(path: Path) -> None:
+def prepare(path: Path, linked: bool = False) -> None:
     """Make room beside ``path``, and clear what a save that was killed left there.
 
+    Args:
+        path: of what will be saved.
+        linked: whether ``latest`` is to lead to it.
+
     Raises:
-        FileExistsError: see :func:`check_replaceable`.
+        FileExistsError: see :func:`check_replaceable`; or ``latest`` is no link.
+        PermissionError: the older checkpoint could not be removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for name in [path.name, *(other.name for other in series(path))]:
+    for name in [path.name, LATEST, *(other.name for other in series(path))]:
         _tidy(path.with_name(name))
     check_replaceable(path)
+    _check_removable(path)
+    link = path.with_name(LATEST)
+    if linked and link.exists() and _leads_to(link) is None:
+        raise FileExistsError(f"{link} is no link to the newest checkpoint, and would be lost. Give it another name")
 
 
 def _tidy(path: Path) -> None:
@@ -66,7 +75,7 @@ def check_replaceable(path: Path) -> None:
     Raises:
         FileExistsError: it would. A folder with anything else in it, or a file that torch did not write.
     """
-    if not path.exists() or _only_ours(path) or (path.is_file() and _torch_wrote(path)):
+    if not path.exists() or _is_checkpoint(path):
         return
     if path.is_dir() and not any(path.iterdir()):
         return
@@ -74,6 +83,17 @@ def check_replaceable(path: Path) -> None:
     raise FileExistsError(
         f"{path} is a {kind} that holds more than a checkpoint, and would be lost. Save to another name"
     )
+
+
+def _check_removable(path: Path) -> None:
+    """Raise while all is as it was, and not when half of a folder is gone."""
+    own = os.access in os.supports_effective_ids
+    if disk.is_local(path) and path.is_dir() and not os.access(path, os.W_OK | os.X_OK, effective_ids=own):
+        raise PermissionError(f"{path} is a folder that this user may not empty")
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return _only_ours(path) or (path.is_file() and _torch_wrote(path))
 
 
 def _only_ours(path: Path) -> bool:
@@ -101,13 +121,12 @@ def publish(new: Path, path: Path) -> None:
     """Put ``new``, which is whole and on the disk, in the place of ``path``."""
     if new.is_file() and path.is_file() and disk.is_local(path):
         os.replace(new, path)
-    elif path.exists():
-        disk.rename(path, companion(path, "replaced"))
-        disk.rename(new, path)
-        disk.remove(companion(path, "replaced"))
     else:
+        if path.exists():
+            disk.rename(path, companion(path, "replaced"))
         disk.rename(new, path)
-    disk.sync(path.parent)
+    disk.sync(path.parent)  # before anything of the older one goes
+    disk.remove(companion(path, "replaced"))
 
 
 def point_latest(path: Path) -> None:
@@ -124,9 +143,13 @@ def point_latest(path: Path) -> None:
 
 
 def keep_newest(path: Path, count: int) -> None:
-    """Of the series of ``path``, which was just saved, keep the newest ``count``; never remove ``path`` itself."""
-    others = sorted((p for p in series(path) if p != path and p.exists()), key=_age, reverse=True)
+    """Of the series of ``path``, which was just saved, keep the newest ``count``.
+
+    Never removed are ``path`` itself, and what holds more than a checkpoint.
+    """
+    others = sorted(filter(_is_checkpoint, series(path)), key=_age, reverse=True)
     for old in others[count - 1 :]:
+        _check_removable(old)
         gone = companion(old, "removing")
         disk.rename(old, gone)  # so that no half of it is ever under its name
         disk.remove(gone)
@@ -152,10 +175,16 @@ def series(path: Path) -> list[Path]:
 
 def found(path: Path) -> Path:
     """Where the newest whole checkpoint of that name is: ``latest`` leads to another one."""
-    if path.name == LATEST and not path.is_dir():
-        if path.is_symlink():
-            path = path.with_name(os.readlink(path))
-        elif path.is_file() and path.stat().st_size < 1024:
-            path = path.with_name(path.read_text())
+    if path.name == LATEST:
+        path = path.parent / (_leads_to(path) or LATEST)
     replaced = companion(path, "replaced")
     return replaced if not path.exists() and replaced.exists() else path
+
+
+def _leads_to(link: Path) -> str | None:
+    """Where ``latest`` leads, seen from its folder; ``None`` if it is no link."""
+    if disk.is_local(link) and link.is_symlink():
+        return os.readlink(link)
+    if link.is_file() and link.stat().st_size < 1024:
+        return link.read_text()
+    return None

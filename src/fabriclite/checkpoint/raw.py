@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from fabriclite import module_state
 from fabriclite.checkpoint import disk, place
 from fabriclite.checkpoint.parts import LooseModulePart, ModulePart, Part
+from fabriclite.checkpoint.report import LoadReport
 from fabriclite.checkpoint.source import open_checkpoint, open_state
 from fabriclite.errors import CheckpointError, ConfigError
 from fabriclite.stored import Stored
@@ -22,30 +22,6 @@ Agreed = Callable[[Callable[[], Any], str], Any]
 
 _AT_ONCE: Final = 1 << 22
 """Elements that are compared at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoadReport:
-    """What ``fabric.load_raw`` did, by name.
-
-    Attributes:
-        loaded: of the module, what has the file's values now, tied names included.
-        initialized: of the module, what was not in the file, and keeps the values of its own code.
-        ignored: of the file, what the module does not have.
-        converted: what was loaded from another dtype, and that dtype.
-    """
-
-    loaded: tuple[str, ...]
-    initialized: tuple[str, ...]
-    ignored: tuple[str, ...]
-    converted: Mapping[str, torch.dtype]
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.loaded)} loaded, {len(self.converted)} of them from another dtype"]
-        for what, names in (("keep their own values", self.initialized), ("in the file were ignored", self.ignored)):
-            if names:
-                lines.append(f"{len(names)} {what}: {', '.join(names)}")
-        return "; ".join(lines)
 
 
 def check_rename(rename: Any) -> None:

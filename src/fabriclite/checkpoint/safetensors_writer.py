@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from fabriclite.checkpoint import disk, sums
+from fabriclite.checkpoint.formats import DEFAULT_MAX_BYTES
 from fabriclite.checkpoint.safetensors_file import DTYPES
 from fabriclite.checkpoint.sums import FileSum, Summing
 from fabriclite.errors import ConfigError
 
 INDEX: Final = "model.safetensors.index.json"
-DEFAULT_MAX_BYTES: Final = 5_000_000_000
 _CODES: Final = {dtype: code for code, dtype in DTYPES.items()}
 _AT_ONCE: Final = 16 << 20
 

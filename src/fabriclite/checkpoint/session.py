@@ -3,14 +3,15 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Protocol
 
 from fabriclite import seed
 from fabriclite.checkpoint import disk, place
 from fabriclite.checkpoint.agree import Crew
-from fabriclite.checkpoint.export import ExportContent, Safetensors
+from fabriclite.checkpoint.export import ExportContent
 from fabriclite.checkpoint.file import FileContent
 from fabriclite.checkpoint.folder import FolderContent
+from fabriclite.checkpoint.formats import FORMATS, Format, Safetensors
 from fabriclite.checkpoint.parts import Part
 from fabriclite.checkpoint.saving import SaveHandle, Saver
 from fabriclite.collectives import gather_objects
@@ -21,8 +22,6 @@ EXTRA: Final = "fabriclite"
 """The entry that holds what belongs to the run: loss scale, random states."""
 VERSION: Final = 2
 """Of the layout. From 2 on a folder lists checksums."""
-FORMATS: Final = ("folder", "file", "safetensors")
-Format = Literal["folder", "file", "safetensors"]
 
 
 class Content(Protocol):
@@ -115,7 +114,7 @@ def save(strategy: Strategy, saver: Saver, parts: Mapping[str, Part], order: Ord
     world = strategy.world
     crew = saver.crew(world) if order.asynchronous else Crew(world)
     path = order.path
-    crew.on_rank_zero(lambda: place.prepare(path), f"write the checkpoint {path}")
+    crew.on_rank_zero(lambda: place.prepare(path, linked=order.keep_last is not None), f"write the checkpoint {path}")
     content = _take(strategy, parts, order)
     if not order.asynchronous:
         _write(crew, content, order)

@@ -18,7 +18,7 @@ from fabriclite.checkpoint.torch_file import read_torch_file
 from fabriclite.errors import CheckpointError
 from fabriclite.stored import InMemory, Stored
 
-_OWN: Final = "fabriclite"
+OWN: Final = "fabriclite"
 """The entry of our checkpoints that belongs to the run. It stays plain, and tells our folders from others'."""
 
 
@@ -84,9 +84,16 @@ def open_checkpoint(path: Any, weights_only: bool) -> Opened:
 def _open_folder(path: Any, weights_only: bool) -> dict[str, Any]:
     folder = open_distributed(path)
     rest = read_torch_file(path / META, weights_only) if (path / META).is_file() else {}
-    if _OWN in rest:
+    if OWN in rest:
         return _ours(folder.tensors, _stored(rest))
-    return {**_stored(folder.nested(weights_only)), **_stored(rest)}
+    nested = {key: _with_state(value) for key, value in folder.nested(weights_only).items()}
+    return _stored({**nested, **rest})
+
+
+def _with_state(value: Any) -> Any:
+    """An optimizer's entry with the state that torch leaves out of a folder where it is empty, as SGD's can be."""
+    bare = isinstance(value, dict) and "param_groups" in value and "state" not in value
+    return {"state": {}, **value} if bare else value
 
 
 def _ours(tensors: Mapping[str, Stored], rest: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,7 +124,7 @@ def _optimizer(found: Mapping[str, Stored], rest: Mapping[str, Any]) -> dict[str
 
 
 def _stored(tree: dict[str, Any]) -> dict[str, Any]:
-    return {key: value if key == _OWN else _wrapped(value) for key, value in tree.items()}
+    return {key: value if key == OWN else _wrapped(value) for key, value in tree.items()}
 
 
 def _wrapped(value: Any) -> Any:
@@ -167,7 +174,7 @@ def open_state(path: Any, weights_only: bool) -> State:
 
 def _state_in(path: Any, tree: Mapping[str, Any], files: list[Any]) -> State:
     """The one state dict in a checkpoint: the whole of it, or its one entry that looks like one."""
-    modules = [key for key, value in tree.items() if key != _OWN and _is_module(key, value)]
+    modules = [key for key, value in tree.items() if key != OWN and is_module(key, value)]
     if len(modules) > 1:
         raise CheckpointError(
             f"{path} must hold the state of one module, but holds {len(modules)}: {', '.join(modules)}."
@@ -182,7 +189,7 @@ def _state_in(path: Any, tree: Mapping[str, Any], files: list[Any]) -> State:
     return State(path, tensors, other, files)
 
 
-def _is_module(key: str, value: Any) -> bool:
+def is_module(key: str, value: Any) -> bool:
     if not isinstance(value, Mapping) or {"state", "param_groups"} <= value.keys() or str(key).endswith("_extra_state"):
         return False
     return any(isinstance(item, Stored) for item in value.values())

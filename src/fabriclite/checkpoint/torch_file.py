@@ -49,7 +49,7 @@ def _reason(error: Exception, file: Any) -> str:
     """What torch found and how to mend it, less the advice it gives to every caller of ``torch.load``."""
     _, refused, text = str(error).rpartition("WeightsUnpickler error: ")
     text = text.strip().partition("\n")[0].rstrip(".")
-    code = re.search(r"GLOBAL (\S+) was not an allowed global", text)
+    code = re.search(r"GLOBAL (\S+) (?:was not an allowed global|whose module \S+ is blocked)", str(error))
     whole = refused and (isinstance(file, io.BytesIO) or disk.is_local(file)) and zipfile.is_zipfile(file)
     if code is not None or whole:  # only its content is refused
         return f"needs code to restore {code[1] if code else text}. Pass weights_only=False if you trust its author."

@@ -6,7 +6,7 @@ fragments (``_hp_mapping``) behind them, which say where in a parameter this ran
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ from fabriclite.errors import CheckpointError
 from fabriclite.optim_state import MASTER
 from fabriclite.stored import Stored
 from fabriclite.stretch import Stretch
+
+_SCALE: Final = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What changes in DeepSpeed's dynamic loss scaler."""
 
 # -- module state -----------------------------------------------------------------------------------------------------
 
@@ -120,8 +123,10 @@ def _put_fragment(param: nn.Parameter, value: Tensor | Stored, key: str | None) 
 # -- optimizer state --------------------------------------------------------------------------------------------------
 
 
-def optimizer_state(module: nn.Module, base: Optimizer, group_names: list[list[str]], masters: bool) -> dict[str, Any]:
-    """State by parameter name, of each moment this rank's part."""
+def optimizer_state(
+    module: nn.Module, engine: nn.Module, base: Optimizer, group_names: list[list[str]], masters: bool
+) -> dict[str, Any]:
+    """State by parameter name, of each moment this rank's part; in float16 also the engine's loss scale."""
     params = _stepped(module, group_names)
     _link(base, params, group_names)
     flat_keys, scalars = _keys(base)
@@ -137,7 +142,13 @@ def optimizer_state(module: nn.Module, base: Optimizer, group_names: list[list[s
         {**{k: v for k, v in group.items() if k != "params"}, "params": list(names)}
         for group, names in zip(base.param_groups, group_names, strict=True)
     ]
-    return {"state": state, "param_groups": groups}
+    scale = {} if (scaler := _dynamic_scaler(engine)) is None else {key: getattr(scaler, key) for key in _SCALE}
+    return {"state": state, "param_groups": groups, **({"loss_scale": scale} if scale else {})}
+
+
+def _dynamic_scaler(engine: nn.Module) -> Any:
+    scaler = getattr(cast(Any, engine).optimizer, "loss_scaler", None)
+    return scaler if getattr(scaler, "dynamic", False) else None
 
 
 def _moment(param: nn.Parameter, key: str | None) -> Stretch:
@@ -188,17 +199,25 @@ def load_optimizer_state(
         _make_room(engine, base, params, saved["state"])
     _link(base, params, group_names)
     flat_keys, _ = _keys(base)
-    for name, values in saved["state"].items():
+    _put_moments(params, flat_keys, saved["state"])
+    _set_scalars(base, flat_keys, saved["state"])
+    for group, stored in zip(base.param_groups, saved["param_groups"], strict=True):
+        group.update({k: v for k, v in stored.items() if k not in optim_state.HERE_ONLY})
+    if (scaler := _dynamic_scaler(engine)) is not None:
+        vars(scaler).update({key: saved["loss_scale"][key] for key in _SCALE if key in saved.get("loss_scale", {})})
+
+
+def _put_moments(
+    params: Mapping[str, nn.Parameter], flat_keys: list[str], saved: Mapping[str, Mapping[str, Any]]
+) -> None:
+    for name, values in saved.items():
         if absent := [key for key in flat_keys if key not in values]:
             raise CheckpointError(f"The checkpoint must hold {absent[0]!r} of {name}, but does not: another optimizer.")
-    for name, values in saved["state"].items():
+    for name, values in saved.items():
         for key in flat_keys:
             _put_moment(params[name], values[key], key)
         if MASTER in values:
             _put_moment(params[name], values[MASTER], None)
-    _set_scalars(base, flat_keys, saved["state"])
-    for group, stored in zip(base.param_groups, saved["param_groups"], strict=True):
-        group.update({k: v for k, v in stored.items() if k not in optim_state.HERE_ONLY})
 
 
 def _put_moment(param: nn.Parameter, value: Tensor | Stored, key: str | None) -> None:

@@ -214,7 +214,8 @@ class DeepSpeed(Strategy):
     @override
     def optimizer_state(self, engine: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         base = cast(EngineOptimizer, optimizer).base
-        return _zero_state.optimizer_state(self.user_module(engine), base, self.group_names[engine], self._masters())
+        names, masters = self.group_names[engine], self._masters()
+        return _zero_state.optimizer_state(self.user_module(engine), engine, base, names, masters)
 
     @override
     def optimizer_layout(self, engine: nn.Module, optimizer: Optimizer) -> OptimizerLayout:

@@ -1,0 +1,30 @@
+"""The forms of a checkpoint, as users name them."""
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from fabriclite.errors import ConfigError
+
+Format = Literal["folder", "file", "safetensors"]
+FORMATS: Final[tuple[Format, ...]] = ("folder", "file", "safetensors")
+DEFAULT_MAX_BYTES: Final = 5_000_000_000
+"""Of one file of an export."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Safetensors:
+    """The format of an export.
+
+    Attributes:
+        max_file_bytes: the tensors of one file are at most this large together; a larger one has a file of its own.
+
+    Raises:
+        ConfigError: it is no count.
+    """
+
+    max_file_bytes: int = DEFAULT_MAX_BYTES
+
+    def __post_init__(self) -> None:
+        size: object = self.max_file_bytes
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ConfigError(f"`max_file_bytes` must be a count of at least 1, but is {size!r}. Example: 5 * 10**9.")
