@@ -35,7 +35,9 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=float, help="GB of weights (default: 1.29)")
     parser.add_argument("--rounds", type=int, help="how often everything is loaded (default: 5)")
-    parser.add_argument("--saves", type=int, help="how often everything is saved (default: half of that)")
+    parser.add_argument("--cold", type=int, help="of those rounds, with a cold page cache as well (default: half)")
+    parser.add_argument("--saves", type=int, help="how often everything is saved (default: half of the rounds)")
+    parser.add_argument("--threads", type=int, help="of each process (default: cores by processes)")
     parser.add_argument("--only", metavar="NAME", help=f"of {', '.join(SECTIONS)}, or a case of one")
     parser.add_argument("--folder", type=Path, help="where to write (default: runs/ of the repository; emptied again)")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_GB} GB and one round, if nothing else is said")
@@ -46,14 +48,16 @@ def parsed() -> argparse.Namespace:
         parser.error("fabriclite must be installed, or found through PYTHONPATH=src, but is not.")
     options.size = options.size or (QUICK_GB if options.quick else 1.29)
     options.rounds = (1 if options.quick else 5) if options.rounds is None else options.rounds
-    options.saves = -(-options.rounds // 2) if options.saves is None else options.saves
+    half = -(-options.rounds // 2)
+    options.saves = half if options.saves is None else options.saves
+    options.cold = half if options.cold is None else min(options.cold, options.rounds)
     options.folder = options.folder or Path(__file__).parent.parent / "runs"
     _check(parser, options)
     return options
 
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    for name in ("rounds", "saves"):
+    for name in ("rounds", "cold", "saves"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, but is {getattr(options, name)}.")
     if not 0.001 <= options.size <= 100:
@@ -112,12 +116,13 @@ def loads(section: str, options: argparse.Namespace, root: Path) -> Iterator[Any
     for case, world, names in wanted(section, options):
         samples: dict[tuple[str, str], list[Sample]] = {(c, n): [] for c in ("warm", "cold") for n in names}
         for turn in range(options.rounds):
-            order = [key for key in samples if turn == 0 or not CONTENDERS[key[1]].once]
+            caches = ("warm", "cold") if turn < options.cold else ("warm",)
+            order = [(c, n) for c, n in samples if c in caches and (turn == 0 or not CONTENDERS[n].once)]
             shuffler.shuffle(order)
             for cache, name in order:
                 path = root / "real" / CONTENDERS[name].reads
                 (drop_cache if cache == "cold" else fill_cache)(path)
-                job = Job(name, shape, root, world, options.device)
+                job = Job(name, shape, root, world, options.device, threads(options, world))
                 samples[cache, name].append(measured(job, "load", cached(path)))
         hub = root / "real" / HUB
         share, largest = max(share_of(hub, rank, world) for rank in range(world)), largest_in(hub)
@@ -146,7 +151,8 @@ def saves(options: argparse.Namespace, root: Path) -> Iterator[Any]:
             for name in order:
                 clear(root, OUT)
                 os.sync()  # what others have not written yet would be written meanwhile
-                samples[name].append(measured(Job(name, shape, root, world, options.device), "save"))
+                job = Job(name, shape, root, world, options.device, threads(options, world))
+                samples[name].append(measured(job, "save"))
                 if role(CONTENDERS[name], name) != "floor" and bytes_of(root / "real" / OUT) < share:
                     raise RuntimeError(f"{name} must save {share} bytes, but wrote {bytes_of(root / 'real' / OUT)}.")
         clear(root, OUT)
@@ -162,6 +168,10 @@ def role(contender: Any, name: str) -> str:
     if not contender.peer:
         return "floor"
     return "peer" if getattr(contender, "synced", True) else "weaker"
+
+
+def threads(options: argparse.Namespace, world: int) -> int:
+    return options.threads or max(1, (os.cpu_count() or 1) // world)
 
 
 def weights(shape: Any) -> int:
@@ -235,7 +245,13 @@ def environment(options: argparse.Namespace) -> dict[str, Any]:
     packages = ["torch", *(name for name in PEERS if find_spec(name))]
     found = {name: version(name.replace("_", "-")) for name in packages}
     machine = {"date": date.today().isoformat(), "cores": os.cpu_count(), "load": os.getloadavg()[1]}
-    asked = {"size": options.size, "rounds": options.rounds, "saves": options.saves, "device": options.device}
+    asked = {
+        "size": options.size,
+        "rounds": options.rounds,
+        "cold": options.cold,
+        "saves": options.saves,
+        "device": options.device,
+    }
     return {**machine, **asked, **found}
 
 

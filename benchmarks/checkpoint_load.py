@@ -1,6 +1,5 @@
 """Who is compared in loading, by `checkpoint.py`."""
 
-import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -264,17 +263,14 @@ def _verifying(extra: dict[str, float]) -> Iterator[None]:
         sums.verify = verify
 
 
-def torch_load(mmap: bool) -> Callable[[Job], Method]:
-    """``torch.load`` and ``load_state_dict``."""
+def torch_load(job: Job) -> Method:
+    """``torch.load(mmap=True)`` and ``load_state_dict``."""
 
-    def prepare(job: Job) -> Method:
-        def act(model: nn.Module, files: Path) -> list[Tensor]:
-            model.load_state_dict(torch.load(files / THEIRS, map_location="cpu", mmap=mmap)["model"])
-            return _tensors(model)
+    def act(model: nn.Module, files: Path) -> list[Tensor]:
+        model.load_state_dict(torch.load(files / THEIRS, map_location="cpu", mmap=True)["model"])
+        return _tensors(model)
 
-        return Method(lambda shape: with_memory(shape, job.device), act)
-
-    return prepare
+    return Method(lambda shape: with_memory(shape, job.device), act)
 
 
 def dcp_checkpoint(job: Job) -> Method:
@@ -312,7 +308,7 @@ def write_checkpoints(files: Path, shape: Shape) -> None:
     """The same weights as the checkpoints that the contenders of the second kind read."""
     from torch.distributed.checkpoint import save
 
-    fabric = fabric_of(Job("", shape, files, 1, "cpu"))
+    fabric = fabric_of(Job("", shape, files, 1, "cpu", 1))
     model = with_memory(shape, "cpu")
     fill(model)
     files.mkdir(parents=True, exist_ok=True)
@@ -355,7 +351,7 @@ class Contender:
         Raises:
             RuntimeError: it has others.
         """
-        if loaded is None or not self.peer and self.prepare is read_into_fresh_memory:
+        if loaded is None or self.prepare is read_into_fresh_memory:
             return
         model = with_memory(TINY, "cpu")
         fill(model)
@@ -372,7 +368,7 @@ CONTENDERS: Final = {
     "load_file, assign": Contender(safetensors_assign, needs=("safetensors",)),
     "from_pretrained": Contender(from_pretrained, needs=("transformers",)),
     "accelerate": Contender(accelerate, needs=("accelerate",)),
-    "lightning_fabric, .pt": Contender(lightning_raw, WEIGHTS, ("lightning_fabric",)),
+    "lightning_fabric, .pt": Contender(lightning_raw, WEIGHTS, ("lightning_fabric",), once=True),
     "plain construction, copy": Contender(plain_construction, needs=("safetensors",), once=True),
     "fabriclite, after setup": Contender(fabriclite_after_setup, existing=True, peer=False),
     "load_file, copy": Contender(safetensors_copy, needs=("safetensors",), existing=True),
@@ -382,21 +378,30 @@ CONTENDERS: Final = {
     "bytes into fresh memory": Contender(read_into_fresh_memory, peer=False),
     "fabriclite, folder": Contender(fabriclite_checkpoint(FOLDER), FOLDER, existing=True, peer=False),
     "fabriclite, file": Contender(fabriclite_checkpoint(FILE), FILE, existing=True, peer=False),
-    "torch.load, mmap": Contender(torch_load(True), THEIRS, existing=True),
-    "torch.load": Contender(torch_load(False), THEIRS, existing=True),
+    "torch.load, mmap": Contender(torch_load, THEIRS, existing=True),
     "dcp": Contender(dcp_checkpoint, DCP, existing=True),
     "lightning_fabric": Contender(lightning_checkpoint, THEIRS, ("lightning_fabric",), existing=True),
 }
 """By name."""
 CASES: Final = {
-    "new model": (1, ("fabriclite", "load_file, assign", "from_pretrained", "accelerate", "lightning_fabric, .pt",
-                      "plain construction, copy", "bytes into one buffer", "bytes into fresh memory")),
+    "new model": (
+        1,
+        (
+            "fabriclite",
+            "load_file, assign",
+            "from_pretrained",
+            "accelerate",
+            "lightning_fabric, .pt",
+            "plain construction, copy",
+            "bytes into one buffer",
+            "bytes into fresh memory",
+        ),
+    ),
     "existing memory": (1, ("fabriclite, after setup", "load_file, copy", "dcp, safetensors")),
     "fsdp": (2, ("fabriclite", "dcp, safetensors, fully_shard", "bytes into one buffer", "bytes into fresh memory")),
 }
 """Of pretrained weights, by name: processes and contenders, ours first."""
 CHECKPOINTS: Final = {
-    "checkpoint": (1, ("fabriclite, folder", "fabriclite, file", "torch.load, mmap", "torch.load", "dcp",
-                       "lightning_fabric")),
+    "checkpoint": (1, ("fabriclite, folder", "fabriclite, file", "torch.load, mmap", "dcp", "lightning_fabric")),
 }
 """Of what ``save`` wrote."""

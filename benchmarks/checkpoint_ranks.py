@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from multiprocessing import forkserver
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any, Final
 
 import torch
@@ -45,6 +45,7 @@ class Job:
         root: holds ``tiny`` and ``real``, which hold the files.
         world: processes.
         device: ``cpu`` or ``cuda``.
+        threads: of each process.
     """
 
     method: str
@@ -52,6 +53,7 @@ class Job:
     root: Path
     world: int
     device: str
+    threads: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ class Sample:
 
     Attributes:
         seconds: of the act.
+        cpu: seconds of CPU time of a rank until the model was loaded: leaves out the disk and others' work.
         building: seconds until the model was built, before the act.
         touching: seconds behind the act until every loaded value was read.
         after: seconds behind the act until all was on the disk, where that is a part by itself.
@@ -90,6 +93,7 @@ class Sample:
     """
 
     seconds: float
+    cpu: float
     building: float
     touching: float
     after: float
@@ -148,8 +152,9 @@ def _measured_here(rank: int, store: str, job: Job, section: str) -> Sample:
     from checkpoint_load import CONTENDERS as LOADS
     from checkpoint_save import CONTENDERS as SAVES
 
+    gc.freeze()  # to look at what was inherited is to copy it: slower than in a process that imported it
     _quiet()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.world))
+    torch.set_num_threads(job.threads)
     if job.device == "cuda":
         torch.cuda.set_device(rank)
     if job.world > 1:
@@ -186,19 +191,21 @@ def _acted(method: Method, job: Job, existing: bool) -> Sample:
     gc.collect()
     settle(job.device)
     with Gauge() as gauge:
-        begin = perf_counter()
+        begin, cpu = perf_counter(), process_time()
         if not existing:
             built = method.build(job.shape)
         acting = perf_counter()
         loaded = method.act(built, job.root / "real")
         settle(job.device, together=False)
+        cpu = process_time() - cpu
         touching = perf_counter()
+        torch.set_num_threads(1)  # threads that wait for each other would count what else the machine does twice
         values = total(loaded or [])
         ending = perf_counter()
         method.after()
         end = perf_counter()
     building = 0.0 if existing else acting - begin
-    times = (touching - acting, building, ending - touching, end - ending)
+    times = (touching - acting, cpu, building, ending - touching, end - ending)
     return Sample(*times, gauge.peak, gauge.called, gauge.fetched, values, 1.0, method.extra.get("verifying", 0.0))
 
 

@@ -26,8 +26,8 @@ class Outcome:
         case: its name.
         cache: ``warm`` or ``cold``; of a save nothing.
         name: the contender.
-        role: ``ours``, ``peer`` (one whose checkpoint is as safe on the disk as ours), ``weaker`` (one whose is not), or
-            ``floor``: no model or checkpoint, but what cannot be done without.
+        role: ``ours``, ``peer`` (what it saves is on the disk, as ours is), ``weaker`` (it is not), or ``floor``: no
+            model or checkpoint, but what cannot be done without.
         share: bytes that a rank loads or saves.
         largest: bytes of the largest tensor.
         samples: one for each round.
@@ -110,6 +110,10 @@ def read(sample: Sample) -> float:
     return sample.read
 
 
+def cpu(sample: Sample) -> float:
+    return sample.cpu
+
+
 def seconds(sample: Sample) -> float:
     return sample.seconds
 
@@ -119,11 +123,13 @@ _LOAD_COLUMNS: Final[dict[str, Callable[[Outcome], str]]] = {
     "contender": _name,
     "built and loaded": _seconds(ready),
     "of that loading": _seconds(seconds),
+    "cpu": _seconds(cpu),
     "of that checksums": lambda one: _seconds(lambda s: s.verifying)(one) if one.middle(lambda s: s.verifying) else "",
     "and every value read": _seconds(used),
     "speed": _speed(used),
     "ratio: loaded": _ratio(ready),
     "ratio: read": _ratio(used),
+    "ratio: cpu": _ratio(cpu),
     "peak over base": _megabytes(lambda s: s.peak),
     "read calls": _megabytes(lambda s: s.called),
     "from disk": _megabytes(lambda s: s.fetched),
@@ -137,6 +143,7 @@ _SAVE_COLUMNS: Final[dict[str, Callable[[Outcome], str]]] = {
     "and until it is whole": lambda one: _seconds(lambda s: s.seconds + s.after)(one),
     "speed": _speed(lambda s: s.seconds + s.after),
     "ratio": _ratio(seconds),
+    "cpu": _seconds(cpu),
     "peak over base": _megabytes(lambda s: s.peak),
     "part of a rank": lambda one: f"{one.share / 1e6:.0f} MB",
     "on the disk": lambda one: "yes" if one.role in ("ours", "peer") else "" if one.role == "floor" else "not synced",
@@ -148,7 +155,9 @@ _SAVE_COLUMNS: Final[dict[str, Callable[[Outcome], str]]] = {
 
 def goals(outcomes: Sequence[Outcome]) -> str:
     """What was wanted and what was measured, as Markdown; those of which nothing was measured are left out."""
-    rows = [row for judge in (_pretrained, _disk, _fastest, _economy, _memory, _blocking, _sums) for row in judge(outcomes)]
+    rows = [
+        row for judge in (_pretrained, _disk, _fastest, _economy, _memory, _blocking, _sums) for row in judge(outcomes)
+    ]
     lines = ["| goal | measured | met |", "|---|---|---|"]
     return "\n".join([*lines, *(f"| {wanted} | {found} | {'yes' if met else 'NO'} |" for wanted, found, met in rows)])
 
@@ -204,7 +213,11 @@ def _economy(outcomes: Sequence[Outcome]) -> Iterator[Verdict]:
     if found:
         worst = max(found, key=lambda o: o.middle(lambda s: s.called) / o.share)
         ratio = worst.middle(lambda s: s.called) / worst.share
-        yield "bytes that read calls give a rank: at most 1.05 x its part", f"{ratio:.3f} ({worst.world})", ratio <= 1.05
+        yield (
+            "bytes that read calls give a rank: at most 1.05 x its part",
+            f"{ratio:.3f} ({worst.world})",
+            ratio <= 1.05,
+        )
 
 
 def _memory(outcomes: Sequence[Outcome]) -> Iterator[Verdict]:

@@ -10,7 +10,9 @@ import os
 import pickle
 import signal
 import sys
+import time
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -264,6 +266,22 @@ def state(fabric: Fabric, seed: int, width: int = 6, layers: int = 2, kind: str 
     optimizer.step()
     optimizer.zero_grad()
     return {"model": model, "optimizer": optimizer, "step": seed}
+
+
+class Slow:
+    """What takes until ``ready()`` to be written, but no longer than some seconds."""
+
+    def __init__(self, ready: Callable[[], bool]) -> None:
+        self.ready = ready
+
+    def __deepcopy__(self, memo: Any) -> "Slow":
+        return self
+
+    def __reduce__(self) -> Any:
+        end = time.monotonic() + 10
+        while not self.ready() and time.monotonic() < end:
+            time.sleep(0.01)
+        return OrderedDict, ()
 
 
 def copied(tree: Any) -> Any:

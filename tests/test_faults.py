@@ -6,11 +6,17 @@ is on the disk then is looked at by a process that had no part in it.
 
 import ctypes
 import os
+import pickle
 import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+import tempfile
+import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,7 +33,7 @@ from fabriclite import CheckpointError, Fabric
 from fabriclite.checkpoint import sums
 from fabriclite.checkpoint.formats import Safetensors
 from fabriclite.checkpoint.place import found
-from faults import Nursery, Step, alone, everywhere, same, state, told, watch
+from faults import Ended, Nursery, Slow, Step, alone, everywhere, same, state, told, watch
 
 FORMS: dict[str, Any] = {"file": "file", "folder": "folder", "export": Safetensors(max_file_bytes=100)}
 
@@ -68,11 +74,15 @@ class Scenario:
         """Whether the first ``count`` steps give ``step-2`` its new content."""
         return any(step.act == "rename" and step.to == "step-2" for step in self.steps[:count])
 
-    def chosen(self, writes: int) -> list[int]:
-        """Every step, but of writes only some: those in a row differ in little."""
-        all_writes = [i for i, step in enumerate(self.steps) if step.act == "write"]
-        some = set(all_writes[:: max(1, len(all_writes) // writes)])
-        return [i for i, step in enumerate(self.steps) if step.act != "write" or i in some]
+    def chosen(self) -> list[int]:
+        """Every step, but of writes to a file and of removals from a folder only some: they differ in little."""
+        alike: dict[str, list[int]] = {}
+        for place, step in enumerate(self.steps):
+            what = step.path if step.act == "write" else step.path.partition("/")[0] if step.act == "remove" else place
+            alike.setdefault(f"{step.act} {what}", []).append(place)
+        return sorted(
+            {place for places in alike.values() for place in (places[0], places[len(places) // 2], places[-1])}
+        )
 
 
 def content(path: Path) -> Any:
@@ -164,7 +174,9 @@ def test_killed_at_every_step(
     scenario = Scenario(template, first, old, content(tmp_path / "whole" / "step-2"), steps)
     assert not same(scenario.old, scenario.new)
     assert names(tmp_path / "whole") == ["latest", "step-2"]
-    chosen = scenario.chosen(writes=4)
+    chosen = scenario.chosen()
+    if asynchronous:  # the same steps, in another thread
+        chosen = chosen[1::2]
     if form != before[1]:  # until it takes the name, the other form makes no difference
         chosen = [place for place in chosen if "rename" in {step.act for step in steps[: place + 1]}]
     for place in chosen:
@@ -690,3 +702,310 @@ def test_a_full_disk(nursery: Nursery, tmp_path: Path, form: str, asynchronous: 
     for free, _, left, right in ended.value:
         assert left == ["latest", "step-1", "step-2"], f"{free} KB free"
         assert right, f"{free} KB free"
+
+
+# -- not allowed -------------------------------------------------------------------------------------------------------
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def public(tmp_path: Path) -> Iterator[Path]:
+    """A folder that every user may enter: pytest's own are closed to others."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def as_nobody(act: str, run: Path, form: str | None = None) -> list[str | None]:
+    """What a user without any rights is told."""
+    fabric = alone()
+    objects = state(fabric, 3)
+    before = values(objects)
+    if os.geteuid() == 0:
+        os.seteuid(NOBODY)
+    if act == "load":
+        said = told(fabric, lambda: fabric.load(run / "step-2", objects))
+    else:
+        keep = 1 if act == "keep one" else None
+        name = "step-3" if keep else "step-2"
+        said = told(fabric, lambda: fabric.save(run / name, objects, format=form and FORMS[form], keep_last=keep))
+    assert same(values(objects), before)
+    return said
+
+
+def refused(ended: Ended, *says: str) -> None:
+    assert ended.code == 0, ended
+    assert ended.error is None, ended.error
+    [said] = ended.value
+    assert said is not None, "nothing was raised"
+    assert said.startswith("CheckpointError: "), said
+    for text in says:
+        assert text in said, said
+
+
+LOCKED: dict[str, tuple[int, dict[str, int]]] = {
+    "no file may be made": (0o555, {}),
+    "it may not be entered": (0o600, {}),
+    "another's may not be moved": (0o1777, {}),
+    "the older one may not be emptied": (0o777, {"step-2": 0o555}),
+}
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+@pytest.mark.parametrize("lock", LOCKED)
+def test_saving_is_not_allowed(nursery: Nursery, public: Path, lock: str, form: str) -> None:
+    mode, inside = LOCKED[lock]
+    if form == "file" and inside:
+        pytest.skip("a file is replaced at once")
+    run = public / "run"
+    save_a_series(run, (form, form))
+    old, before = content(run / "step-2"), names(run)
+    for name, bits in inside.items():
+        (run / name).chmod(bits)
+    run.chmod(mode)
+    ended = nursery.child(as_nobody, "save", run, form)
+    run.chmod(0o755)
+    refused(ended, f"{run}/", "step-2", "Error: ")
+    assert names(run) == before
+    assert same(content(run / "step-2"), old)
+
+
+def test_an_old_one_that_may_not_go_stays_whole(nursery: Nursery, public: Path) -> None:
+    """The new one is there, and the error names the old one."""
+    run = public / "run"
+    save_a_series(run, ("folder", "folder"))
+    first, second = content(run / "step-1"), content(run / "step-2")
+    run.chmod(0o777)
+    refused(nursery.child(as_nobody, "keep one", run, "folder"), "step-1", "may not")
+    assert same(content(run / "step-1"), first)
+    assert same(content(run / "step-2"), second)
+    assert content(run / "latest")["step"] == 3
+    assert names(run) == ["latest", "step-1", "step-2", "step-3"]
+
+
+@pytest.mark.parametrize("name", ["step-2", "step-2/meta.pt", "step-2/__0_0.distcp", "step-2/checksums.json", "."])
+def test_loading_is_not_allowed(nursery: Nursery, public: Path, name: str) -> None:
+    run = public / "run"
+    save_a_series(run, ("folder", "folder"))
+    (run / name).chmod(0)
+    ended = nursery.child(as_nobody, "load", run)
+    (run / name).chmod(0o755)
+    refused(ended, "Permission denied", str(run / "step-2"))
+    assert content(run / "step-2")["step"] == 2
+
+
+# -- code in checkpoints -----------------------------------------------------------------------------------------------
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("where", ["c", "meta.pt", ".metadata"])
+def test_code_is_not_run(tmp_path: Path, where: str) -> None:
+    """Also where whoever put it there made the checksums right."""
+    fabric, path, marker = alone(), tmp_path / "c", tmp_path / "marker"
+    objects = state(fabric, 1)
+    fabric.save(path, objects, format="file" if where == "c" else "folder")
+    if where == "c":
+        torch.save({**torch.load(path, weights_only=True), "bomb": Bomb(marker)}, path)
+    elif where == "meta.pt":
+        torch.save({**torch.load(path / where, weights_only=True), "bomb": Bomb(marker)}, path / where)
+    else:
+        (path / where).write_bytes(pickle.dumps(Bomb(marker)))
+    if path.is_dir():
+        agree_with_the_sums(path)
+    before = values(objects)
+    [said] = told(fabric, lambda: fabric.load(path, objects))
+    assert said is not None
+    assert str(path if where == "c" else path / where) in said
+    assert "code" in said
+    assert "mkdir" in said
+    assert not marker.exists()
+    assert same(values(objects), before)
+    [said] = told(fabric, lambda: fabric.load(path, objects, weights_only=False))
+    assert (said is None) == marker.exists() == (where != ".metadata"), "an index has no need of code"
+
+
+def agree_with_the_sums(folder: Path) -> None:
+    """Write a list of checksums for what is there now."""
+    files: dict[str, sums.FileSum] = {}
+    for name in names(folder):
+        if name != sums.SUMS:
+            data = (folder / name).read_bytes()
+            files[name] = sums.FileSum(len(data), (zlib.crc32(data),))
+    (folder / sums.SUMS).write_bytes(sums.dump(files))
+
+
+# -- in the way --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_what_is_in_the_way_is_kept(tmp_path: Path, form: str, asynchronous: bool) -> None:
+    fabric = alone()
+    objects = state(fabric, 1)
+    (tmp_path / "text").write_text("mine")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    fabric.save(tmp_path / "mixed", objects, format="folder")
+    (tmp_path / "mixed" / "a.txt").write_text("mine")
+    before = names(tmp_path)
+    for path in ("text/c", "text", "notes", "mixed"):
+        [said] = told(fabric, partial(save_and_wait, fabric, tmp_path / path, objects, form, asynchronous))
+        assert said is not None
+        assert said.startswith("CheckpointError: ")
+        assert str(tmp_path / path.partition("/")[0]) in said
+    assert names(tmp_path) == before
+    assert {path.read_text() for path in tmp_path.rglob("*") if path.name in ("a.txt", "text")} == {"mine"}
+    assert fabric.load(tmp_path / "mixed")["step"] == 1
+
+
+def test_what_is_no_checkpoint_is_not_of_the_series(tmp_path: Path) -> None:
+    """Names that differ in numbers only may be anything's."""
+    fabric = alone()
+    objects = state(fabric, 1)
+    (tmp_path / "run-1").mkdir()
+    (tmp_path / "run-1" / "notes.txt").write_text("mine")
+    (tmp_path / "run-2").write_text("mine")
+    fabric.save(tmp_path / "run-3", objects, format="folder")
+    (tmp_path / "run-3" / "notes.txt").write_text("mine")
+    for number in range(4, 8):
+        fabric.save(tmp_path / f"run-{number}", {"step": number}, keep_last=2)
+    assert names(tmp_path) == ["latest", "run-1", "run-2", "run-3", "run-6", "run-7"]
+    assert len([path for path in tmp_path.rglob("*") if path.is_file() and path.read_bytes() == b"mine"]) == 3
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_a_checkpoint_named_latest_is_kept(tmp_path: Path, form: str) -> None:
+    fabric = alone()
+    objects = state(fabric, 1)
+    fabric.save(tmp_path / "latest", objects, format=FORMS[form])
+    before = content(tmp_path / "latest")
+    [said] = told(fabric, lambda: fabric.save(tmp_path / "step-1", objects, keep_last=1))
+    assert said is not None
+    assert str(tmp_path / "latest") in said
+    assert same(content(tmp_path / "latest"), before)
+    assert names(tmp_path) == ["latest"]
+    fabric.save(tmp_path / "latest", {"step": 2})
+    assert fabric.load(tmp_path / "latest") == {"step": 2}
+
+
+def test_latest_may_be_a_link_of_the_user(tmp_path: Path) -> None:
+    fabric = alone()
+    fabric.save(tmp_path / "a" / "step-1", {"step": 1}, format="file")
+    fabric.save(tmp_path / "b" / "step-2", state(fabric, 2), format="folder")
+    for target in ("a/step-1", tmp_path / "a" / "step-1", "b/step-2"):
+        (tmp_path / "latest").symlink_to(target)
+        assert fabric.load(tmp_path / "latest")["step"] == int(str(target)[-1])
+        (tmp_path / "latest").unlink()
+
+
+# -- beside the training -----------------------------------------------------------------------------------------------
+
+
+def test_calls_wait_for_the_save_under_way(tmp_path: Path) -> None:
+    fabric, table = alone(), torch.zeros(3)
+
+    def begin() -> tuple[Any, threading.Event]:
+        """It ends soon after something waits for it."""
+        event = threading.Event()
+        handle = fabric.save(tmp_path / "c", {"table": table, "slow": Slow(event.is_set)}, asynchronous=True)
+        table.add_(1)  # what was handed in was copied
+        assert not handle.done()
+        with pytest.raises(TimeoutError):
+            handle.wait(0)
+        threading.Timer(0.1, event.set).start()
+        return handle, event
+
+    calls: list[Callable[[], Any]] = [
+        lambda: fabric.save(tmp_path / "d", {"step": 1}),
+        lambda: fabric.save(tmp_path / "d", {"step": 2}, asynchronous=True),
+        lambda: fabric.load(tmp_path / "c"),
+    ]
+    for number, call in enumerate(calls):
+        handle, event = begin()
+        call()
+        assert event.is_set()
+        assert handle.done()
+        assert fabric.load(tmp_path / "c")["table"].tolist() == [number] * 3
+    assert fabric.load(tmp_path / "d") == {"step": 2}
+    assert names(tmp_path) == ["c", "d"]
+
+
+def test_a_failed_save_is_told_once(tmp_path: Path) -> None:
+    """By the handle, and then no more; by the next call, if nobody waited."""
+    fabric = alone()
+    handle = fabric.save(tmp_path / "c", {"bad": lambda: 0}, asynchronous=True)
+    assert handle is not None
+    with pytest.raises(CheckpointError, match=r"asynchronous save of .*/c failed"):
+        handle.wait()
+    handle.wait()
+    fabric.save(tmp_path / "c", {"step": 1})
+    fabric.save(tmp_path / "c", {"bad": lambda: 0}, asynchronous=True)
+    with pytest.raises(CheckpointError, match=r"asynchronous save of .*/c failed"):
+        fabric.save(tmp_path / "c", {"step": 2}, asynchronous=True)
+    assert fabric.load(tmp_path / "c") == {"step": 1}
+    assert names(tmp_path) == ["c"]
+
+
+AT_EXIT = """
+import sys, threading
+from fabriclite import Fabric
+from faults import Slow
+
+content = {"slow": Slow(lambda: not threading.main_thread().is_alive()), "step": 3}
+if sys.argv[2] == "fails":
+    content["bad"] = lambda: 0
+Fabric(accelerator="cpu", devices=1).save(sys.argv[1], content, asynchronous=True)
+if sys.argv[2] == "raises":
+    raise ValueError("the training failed")
+"""
+"""Saves what cannot be written before its main thread has ended."""
+
+
+def test_scripts_end_while_they_save(tmp_path: Path) -> None:
+    """Whichever way; the interpreter waits, and tells what nobody was told."""
+    endings = ("returns", "raises", "fails")
+    scripts = {}
+    for ending in endings:
+        (tmp_path / ending).mkdir()
+        command = [sys.executable, "-c", AT_EXIT, str(tmp_path / ending / "c"), ending]
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+        scripts[ending] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+    told_by = {ending: script.communicate(timeout=faults.LIMIT_S)[1] for ending, script in scripts.items()}
+    assert [scripts[ending].returncode for ending in endings] == [0, 1, 0], told_by
+    for ending in ("returns", "raises"):
+        assert names(tmp_path / ending) == ["c"]
+        assert alone().load(tmp_path / ending / "c")["step"] == 3
+    assert f"The asynchronous save of {tmp_path}/fails/c failed" in told_by["fails"]
+    assert "lambda" in told_by["fails"]
+    assert names(tmp_path / "fails") == []
+
+
+def return_while_saving(fabric: Fabric, path: Path, bad: bool) -> None:
+    end = time.monotonic() + 0.5
+    objects = {**state(fabric, 3), "slow": Slow(lambda: time.monotonic() > end), "bad": (lambda: 0) if bad else 0}
+    handle = fabric.save(path, objects, asynchronous=True)
+    assert handle is not None
+    assert not all(everywhere(fabric, handle.done())), "it was not under way, so nothing is shown"
+
+
+def test_ranks_return_while_they_save(nursery: Nursery, tmp_path: Path) -> None:
+    """Of a launched function: the call that launched it returns when all is whole, or raises."""
+    ended = nursery.world(2, return_while_saving, tmp_path / "c", False)
+    assert ended.code == 0, ended.error
+    assert names(tmp_path) == ["c"]
+    assert alone().load(tmp_path / "c")["step"] == 3
+    ended = nursery.world(2, return_while_saving, tmp_path / "c", True)
+    assert ended.code == 1
+    assert f"The asynchronous save of {tmp_path}/c failed" in ended.error
+    assert names(tmp_path) == ["c"]

@@ -1,7 +1,7 @@
 """Pretrained weights: straight into shards under every strategy, and out again in the form that others open.
 
-What is loaded is written by others: by transformers, huggingface_hub and torch. One world of processes per size does the
-checks of all strategies of that size; each check is a test that looks at what was found.
+What is loaded is written by others: by transformers, huggingface_hub and torch. One world of processes does the checks
+of several strategies; each check is a test that looks at what was found.
 """
 
 import copy
@@ -11,10 +11,7 @@ import json
 import os
 import pickle
 import shutil
-import tempfile
 import threading
-import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,8 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fabriclite import CheckpointError, Fabric, LaunchError
-from fabriclite.checkpoint.export import Safetensors
+from fabriclite import CheckpointError, Fabric, LaunchError, Safetensors
 from patterns import seed
 from snapshots import bits_equal, whole
 from test_births import agreed, problem_of
@@ -188,7 +184,12 @@ def write_all(folder: Path) -> None:
     state = module.state_dict()
     once = {name: value for name, value in state.items() if name != "head.weight"}
     save_file(once, folder / "small.safetensors", metadata={"format": "pt"})
-    for name, safe, size in (("whole", True, "1GB"), ("sharded", True, 800), ("bin", False, 800), ("bin1", False, "1GB")):
+    for name, safe, size in (
+        ("whole", True, "1GB"),
+        ("sharded", True, 800),
+        ("bin", False, 800),
+        ("bin1", False, "1GB"),
+    ):
         (folder / name).mkdir()
         save_torch_state_dict(state, folder / name, safe_serialization=safe, max_shard_size=size)
     assert len([*(folder / "sharded").glob("*.safetensors")]) > 2
@@ -202,7 +203,9 @@ def write_all(folder: Path) -> None:
     fabric.save(folder / "exported", {"model": model}, format="safetensors")
     torch.save({name: torch.zeros_like(value) for name, value in state.items()}, folder / "zeros.pt")
     save_file(built(Tall, THEIRS).state_dict(), folder / "tall.safetensors")
-    save_file({f"layers.{i}.weight": torch.full((2048, 2048), float(i)) for i in range(12)}, folder / "large.safetensors")
+    save_file(
+        {f"layers.{i}.weight": torch.full((2048, 2048), float(i)) for i in range(12)}, folder / "large.safetensors"
+    )
     for name, build in ZOO.items():
         built(build, THEIRS).save_pretrained(folder / name, max_shard_size="10KB" if name == "gpt2" else "1GB")
 
@@ -244,7 +247,7 @@ def every_form(fabric: Fabric, strategy: str, folder: Path) -> list[str]:
     expected = values(built(Small)) | values(built(Small, THEIRS))
     expected["hidden"] = built(Small).hidden
     problems = []
-    for form in FORMS:
+    for form in FORMS if strategy in ("single_device", "fsdp") else FORMS[2:9:2]:
         module = recorded(fabric)
         report = fabric.load_raw(folder / form, module)
         problems += [] if set(report.loaded) == set(module.state_dict()) else [f"{form}: {report}"]
@@ -282,7 +285,8 @@ def prepared(module: Any, strategy: str) -> Any:
 
 
 def names_for(strategy: str) -> list[str]:
-    return ["bert", "llama"] if strategy == "tp" else list(ZOO)
+    few = {"single_device": list(ZOO), "fsdp": list(ZOO), "zero1": ["llama"]}
+    return few.get(strategy, ["bert", "llama"])
 
 
 def like_transformers(fabric: Fabric, strategy: str, folder: Path) -> list[str]:
@@ -301,16 +305,84 @@ def like_transformers(fabric: Fabric, strategy: str, folder: Path) -> list[str]:
 
 def in_bfloat16(fabric: Fabric, strategy: str, folder: Path) -> list[str]:
     half, problems = beside(fabric, precision="bf16-true"), []
-    for name in names_for(strategy)[:2]:
+    for name in ("bert", "llama"):
         expected = values(theirs(name, folder, dtype=torch.bfloat16))
         module = prepared(recorded(half, ZOO[name]), strategy)
         report = half.load_raw(folder / name, module)
         model = set_up(half, module)
         problems += unlike(expected, values(model), f"{name} before setup")
         problems += [] if set(report.converted.values()) == {torch.float32} else [f"{name}: {report.converted}"]
-        model = set_up(half, prepared(recorded(half, ZOO[name]), strategy))
-        half.load_raw(folder / name, model)
-        problems += unlike(expected, values(model), f"{name} after setup")
+    return problems
+
+
+def steps_from_there(fabric: Fabric, strategy: str, folder: Path) -> list[str]:
+    """What is loaded after setup, and after a step, is what the next step begins from: also under float32 masters."""
+    problems = []
+    for precision in ("32-true", "bf16-true"):
+        here = beside(fabric, precision=precision)
+        module = recorded(here, llama)
+        model, optimizer = here.setup(module, torch.optim.SGD(module.parameters(), lr=0.0))
+        for load in (False, True):
+            if load:
+                here.load_raw(folder / "llama", model)
+            here.backward(model(TOKENS, labels=TOKENS).loss, model=model)
+            optimizer.step()
+            optimizer.zero_grad()
+        expected = values(theirs("llama", folder, dtype=here.precision.param_dtype))
+        problems += unlike(expected, values(model), precision)
+    return problems
+
+
+def changed_before_setup(fabric: Fabric, strategy: str, folder: Path) -> list[str]:
+    """After loading: resized, copied, written to, loaded again."""
+    reference = theirs("llama", folder)
+    seed(SEED)
+    reference.resize_token_embeddings(70)
+    module = recorded(fabric, llama)
+    fabric.load_raw(folder / "llama", module)
+    seed(SEED)
+    module.resize_token_embeddings(70)
+    model = set_up(fabric, module)
+    problems = unlike(values(reference), values(model), "resized") + untied(reference, model)
+    expected = {**values(built(Small, THEIRS)), "hidden": built(Small).hidden}
+    module = recorded(fabric)
+    fabric.load_raw(folder / "zeros.pt", module)
+    fabric.load_raw(folder / "sharded", module)
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        for state in (expected_other := {name: value.clone() for name, value in expected.items()}, other.state_dict()):
+            state["up.weight"].mul_(2)
+            state["table"][2:4] = 5
+    problems += unlike(expected, values(set_up(fabric, module)), "loaded twice")
+    return problems + unlike(expected_other, values(set_up(fabric, other)), "a changed copy")
+
+
+def apart(fabric: Fabric, strategy: str, folder: Path) -> list[str]:
+    """Rank 0's files are the model's, also where other ranks load something else, or nothing."""
+    expected = {**values(built(Small, THEIRS)), "hidden": built(Small).hidden}
+    problems = []
+    for others in (None, "zeros.pt"):
+        module = recorded(fabric)
+        form = "whole" if fabric.is_global_zero else others
+        if form is not None:
+            fabric.load_raw(folder / form, module)
+        problems += unlike(expected, values(set_up(fabric, module)), f"others load {others}")
+    model = set_up(fabric, recorded(fabric))
+    missing = folder / ("whole" if fabric.is_global_zero else "nowhere")
+    problems += refused("one rank lacks it", lambda: fabric.load_raw(missing, model), "nowhere")
+    return problems + unlike(values(built(Small)), values(model), "after the error")
+
+
+def gone_by_then(fabric: Fabric, strategy: str, folder: Path) -> list[str]:
+    """A file that is removed after it was loaded, and before setup reads it."""
+    problems = []
+    for form, build in (("small.pt", Small), ("small.safetensors", Small), ("tall.safetensors", Tall)):
+        expected = {**values(built(build, THEIRS)), **({"hidden": built(Small).hidden} if build is Small else {})}
+        path = Path(shutil.copy(folder / form, folder / f"{os.getpid()}-{form}"))
+        module = recorded(fabric, build)
+        fabric.load_raw(path, module)
+        path.unlink()
+        problems += unlike(expected, values(set_up(fabric, module)), form)
     return problems
 
 
@@ -371,8 +443,7 @@ def nothing_changes(fabric: Fabric, strategy: str, folder: Path) -> list[str]:
             act = lambda model=model, path=paths[name]: fabric.load_raw(path, model, strict=False)  # noqa: E731
             problems += refused(name, act, *wanted[name])
         problems += refused("nowhere", lambda model=model: fabric.load_raw(folder / "nowhere", model), "nowhere")
-        clash = lambda name: "up.weight"  # noqa: E731
-        act = lambda model=model: fabric.load_raw(folder / "small.pt", model, rename=clash)  # noqa: E731
+        act = lambda model=model: fabric.load_raw(folder / "small.pt", model, rename=lambda _: "up.weight")  # noqa: E731
         problems += refused("clash", act, "up.weight", "rename")
         model = model if late else set_up(fabric, model)
         problems += unlike(expected, values(model), f"late {late}")
@@ -408,7 +479,7 @@ def from_pretrained(fabric: Fabric, strategy: str, folder: Path) -> list[str]:
     problems = []
     for name in names_for(strategy):
         reference = theirs(name, folder)
-        for empty_init in (None, True):
+        for empty_init in (None, True) if name == "llama" else (True,):
             module = prepared(recorded(fabric, lambda name=name: theirs(name, folder), empty_init), strategy)
             model = set_up(fabric, module)
             fabric.verify(model)
@@ -458,9 +529,9 @@ def exports(fabric: Fabric, strategy: str, folder: Path) -> list[str]:
             fabric.save(out, {"model": model}, format=form)
             if fabric.is_global_zero:
                 problems += wrong_with(out, name, folder, split=form != "safetensors")
-            again = set_up(fabric, prepared(recorded(fabric, ZOO[name]), strategy))
-            fabric.load_raw(out, again)
-            problems += unlike(values(theirs(name, folder)), values(again), f"{name} again")
+        again = set_up(fabric, prepared(recorded(fabric, ZOO[name]), strategy))
+        fabric.load_raw(out, again)
+        problems += unlike(values(theirs(name, folder)), values(again), f"{name} again")
     return problems
 
 
@@ -470,25 +541,35 @@ def wrong_with(out: Path, name: str, folder: Path, split: bool, dtype: torch.dty
     loaded, info = type(reference).from_pretrained(out, output_loading_info=True)
     problems = unlike(values(reference), values(loaded), f"{name} exported") + untied(reference, loaded)
     problems += [f"{name}: {key} {value}" for key, value in info.items() if value]
-    same = torch.equal(outputs(reference), outputs(loaded))
-    problems += [] if same else [f"{name}: outputs differ"]
-    files = sorted(file.name for file in out.glob("*.safetensors"))
-    stored = [key for file in files for key in load_file(out / file)]
-    sizes = [sum(v.nbytes for v in load_file(out / file).values()) for file in files]
-    mine = {key for names in [reference.state_dict()] for key in names}
-    lone = len({id(p) for p in reference.state_dict(keep_vars=True).values()})
-    problems += [] if len(stored) == len(set(stored)) == lone and set(stored) <= mine else [f"{name}: {stored}"]
+    problems += [] if torch.equal(outputs(reference), outputs(loaded)) else [f"{name}: outputs differ"]
+    reference.save_pretrained(folder / f"{out.name}-theirs", max_shard_size="1GB")
+    for file in ("config.json", "generation_config.json"):
+        mine, other = ((path / file) for path in (out, folder / f"{out.name}-theirs"))
+        problems += [f"{name}: {file}"] if mine.exists() and mine.read_text() != other.read_text() else []
+    stored = {file.name: load_file(file) for file in sorted(out.glob("*.safetensors"))}
+    keys = [key for tensors in stored.values() for key in tensors]
+    usual = load_file(folder / f"{out.name}-theirs" / "model.safetensors")
+    if sorted(keys) != sorted(usual) or any(t.dtype != usual[k].dtype for s in stored.values() for k, t in s.items()):
+        problems.append(f"{name}: {keys}")  # each once, as transformers writes it
     if split:
-        index = json.loads((out / "model.safetensors.index.json").read_text())
-        problems += [] if set(index["weight_map"]) == set(stored) and len(files) > 1 else [f"{name}: {index}"]
-        problems += [] if index["metadata"]["total_size"] == sum(sizes) else [f"{name}: total_size"]
-        counts = [len(load_file(out / file)) for file in files]
-        problems += [f"{name}: {s}" for s, n in zip(sizes, counts, strict=True) if s > 3000 and n > 1]
-    elif files != ["model.safetensors"]:
-        problems.append(f"{name}: {files}")
-    sums = json.loads((out / "checksums.json").read_text())
-    text = json.dumps(sums)
-    return problems + [f"{name}: {file.name} has no checksum" for file in out.iterdir() if file.name not in text and file.name != "checksums.json"]
+        problems += wrong_with_index(out, stored)
+    elif [*stored] != ["model.safetensors"]:
+        problems.append(f"{name}: {[*stored]}")
+    sums = (out / "checksums.json").read_text()
+    return problems + [
+        f"{f.name} has no checksum" for f in out.iterdir() if f.name not in (*sums.split('"'), "checksums.json")
+    ]
+
+
+def wrong_with_index(out: Path, stored: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    sizes = {file: sum(value.nbytes for value in tensors.values()) for file, tensors in stored.items()}
+    problems = [f"{file} holds {size} bytes" for file, size in sizes.items() if size > 3000 and len(stored[file]) > 1]
+    if len(stored) < 2 or index["weight_map"] != {key: file for file, tensors in stored.items() for key in tensors}:
+        problems.append(f"weight_map: {index}")
+    if index["metadata"]["total_size"] != sum(sizes.values()):
+        problems.append(f"total_size: {index['metadata']}")
+    return problems
 
 
 def outputs(model: Any) -> Tensor:
@@ -499,18 +580,20 @@ def outputs(model: Any) -> Tensor:
 
 
 def exports_half(fabric: Fabric, strategy: str, folder: Path) -> list[str]:
+    """From the config of a float32 model, in 16 bits: the export says that it is."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     half = beside(fabric, precision="bf16-true")
-    module = prepared(recorded(half, llama), strategy)
+    config = AutoConfig.from_pretrained(folder / "llama")
+    make = lambda: AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # noqa: E731
+    module = recorded(half, make)
     half.load_raw(folder / "llama", module)
     model = set_up(half, module)
+    expected = values(theirs("llama", folder, dtype=torch.bfloat16))
+    problems = unlike(expected, values(model))
     out = half.broadcast(folder / f"{strategy}-half-{os.getpid()}")
     half.save(out, {"model": model}, format="safetensors")
-    if not half.is_global_zero:
-        return []
-    stored = {name: value.dtype for name, value in load_file(out / "model.safetensors").items()}
-    return wrong_with(out, "llama", folder, split=False, dtype=torch.bfloat16) + [
-        f"{n}: {d}" for n, d in stored.items() if d != torch.bfloat16
-    ]
+    return problems + (wrong_with(out, "llama", folder, False, torch.bfloat16) if half.is_global_zero else [])
 
 
 def read_by_calls() -> int:
@@ -526,10 +609,11 @@ def parts_of(model: Any) -> list[Tensor]:
 
 def reads_its_part(fabric: Fabric, strategy: str, folder: Path) -> list[str]:
     """Not more than this rank keeps, before setup and after; what is converted no more either."""
-    problems, seen = [], set()
-    for precision in ("32-true", "bf16-true"):
+    problems = []
+    fabric.load_raw(folder / "whole", set_up(fabric, recorded(fabric)))  # imports what it needs
+    for precision in ("32-true", "bf16-true") if strategy == "fsdp" else ("32-true",):
         here = beside(fabric, precision=precision)
-        for late in (True, False, True, False):
+        for late in (True, False):
             module = recorded(here, Tall)
             model = set_up(here, module) if late else module
             before = read_by_calls()
@@ -537,10 +621,8 @@ def reads_its_part(fabric: Fabric, strategy: str, folder: Path) -> list[str]:
             model = model if late else set_up(here, model)
             count = read_by_calls() - before
             most = 1.05 * sum(part.numel() for part in parts_of(model)) * 4 + (64 << 10)
-            if (precision, late) in seen and count > most:  # the first time it may import what it needs
+            if count > most:
                 problems.append(f"{precision}, late {late}: {count} bytes were read of {most:.0f}")
-            seen.add((precision, late))
-            del model, module
     return problems
 
 
@@ -580,8 +662,9 @@ def holds_its_part(fabric: Fabric, strategy: str, folder: Path) -> list[str]:
         model = set_up(fabric, module)
     kept = sum(part.nbytes for part in parts_of(model))
     largest = max(p.numel() * p.element_size() for p in module.parameters())
-    print(strategy, kept>>20, largest>>20, most[0]>>20)
-    return [] if most[0] <= kept + largest + (64 << 20) else [f"{most[0] >> 20} MB beside {kept >> 20} MB that are kept"]
+    return (
+        [] if most[0] <= kept + largest + (64 << 20) else [f"{most[0] >> 20} MB beside {kept >> 20} MB that are kept"]
+    )
 
 
 Check = Callable[[Fabric, str, Path], list[str]]
@@ -592,6 +675,10 @@ CHECKS: Final[list[tuple[Check, tuple[str, ...]]]] = [
     (built_for_real, (*EVERY, "fsdp3", "hsdp")),
     (like_transformers, EVERY),
     (in_bfloat16, ("single_device", "ddp", "fsdp", "tp", "zero3")),
+    (steps_from_there, EVERY),
+    (changed_before_setup, ("single_device", "fsdp", "tp", "zero3")),
+    (apart, ("ddp", "fsdp", "tp", "zero1", "zero3", "hsdp")),
+    (gone_by_then, ("single_device", "fsdp")),
     (some_missing, (*EVERY, "fsdp3", "hsdp")),
     (nothing_changes, EVERY),
     (other_names, EVERY),
@@ -599,7 +686,7 @@ CHECKS: Final[list[tuple[Check, tuple[str, ...]]]] = [
     (from_pretrained_half, ("single_device", "fsdp")),
     (with_a_new_head, ("single_device", "ddp", "fsdp", "zero3")),
     (exports, EVERY),
-    (holds_its_part, ("fsdp", "tp", "zero3")),
+    (holds_its_part, ("fsdp", "tp")),
     (reads_its_part, ("fsdp", "tp", "zero3", "fsdp3")),
     (exports_half, ("single_device", "fsdp", "zero3")),
 ]
@@ -624,15 +711,14 @@ def quiet() -> None:
 
 def run_checks(fabric: Fabric, world: str, folder: Path) -> dict[tuple[str, str], str | None]:
     """Problems of all ranks, by strategy and check."""
+    quiet()
     found = {}
     for strategy, config in WORLDS[world][1].items():
         here = beside(fabric, strategy=config_of(config))
         for check, strategies in CHECKS:
             if strategy in strategies:
                 work = lambda check=check, here=here, strategy=strategy: check(here, strategy, folder)  # noqa: E731
-                began = time.monotonic()
                 found[strategy, check.__name__] = agreed(problem_of(work))
-                if fabric.is_global_zero: print(strategy, check.__name__, f"{time.monotonic() - began:.1f}", flush=True)
     return found
 
 
@@ -756,6 +842,18 @@ def test_a_file_that_is_replaced_stays_with_the_model(files: Path, tmp_path: Pat
     assert unlike(built(Tall, THEIRS).state_dict(), model.state_dict()) == []
     path.unlink()
     assert unlike(built(Tall, THEIRS).state_dict(), model.state_dict()) == []
+
+
+@pytest.mark.xfail(reason="ranges.File maps by name what another file took the name of", strict=False)
+def test_a_file_that_is_replaced_before_setup(files: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(files / "tall.safetensors", tmp_path))
+    fabric = one()
+    module = recorded(fabric, Tall)
+    fabric.load_raw(path, module)
+    other = tmp_path / "other"
+    save_file({name: torch.zeros_like(value) for name, value in built(Tall).state_dict().items()}, other)
+    other.replace(path)
+    assert unlike(built(Tall, THEIRS).state_dict(), fabric.setup(module).state_dict()) == []
 
 
 def test_saving_over_the_file_that_is_mapped(files: Path, tmp_path: Path) -> None:

@@ -43,6 +43,20 @@ class FileContent:
         crew.on_rank_zero(act, f"write the checkpoint {path}")
 
 
+def save_into(file: Any, content: Any) -> None:
+    """``torch.save``, which calls a full disk an unexpected position.
+
+    Raises:
+        OSError: what the disk said.
+    """
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
 def write_file(content: Mapping[str, Any], path: Path) -> None:
     """Write one file of torch, with a checksum for each record, have it on the disk, and look at it again.
 
@@ -51,7 +65,7 @@ def write_file(content: Mapping[str, Any], path: Path) -> None:
     """
     # Opened here: torch's own writer calls a full disk, a missing folder and a refused one by one name.
     with path.open("wb") as file:
-        torch.save(dict(content), file)
+        save_into(file, dict(content))
     disk.sync(path)
     with path.open("rb") as written, zipfile.ZipFile(written):  # its directory, at the very end, can be read
         pass

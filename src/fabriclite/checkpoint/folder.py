@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from fabriclite import _torch, shards
 from fabriclite.boxes import Box, all_of, lengths
 from fabriclite.checkpoint import disk, place, sums
 from fabriclite.checkpoint.agree import Crew
+from fabriclite.checkpoint.file import save_into
 from fabriclite.checkpoint.parts import LooseModulePart, ModulePart, OptimizerPart, Part, taken, whole
 from fabriclite.checkpoint.sums import FileSum, Summing
 from fabriclite.collectives import gather_objects
@@ -86,7 +87,7 @@ class FolderContent:
 
         def finish() -> None:
             files = {name: file for of_one in told for name, file in of_one.items()}
-            write_rest(lambda file: torch.save(dict(self.rest), file), files, path)
+            write_rest(lambda file: save_into(file, dict(self.rest)), files, path)
 
         crew.on_rank_zero(finish, f"write the checkpoint {path}")
 
@@ -195,7 +196,7 @@ class _Writer(FileSystemWriter):
         with self.fs.create_stream(path, "wb") as file:
             for item in plan.items:
                 start = file.tell()
-                torch.save(planner.resolve_data(item), cast(IO[bytes], file))
+                save_into(file, planner.resolve_data(item))
                 results.append(_torch.shard_written(item.index, name, start, file.tell() - start))
         if self.sync_files:
             disk.sync(path)

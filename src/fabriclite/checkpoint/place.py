@@ -148,7 +148,7 @@ def keep_newest(path: Path, count: int) -> None:
     Never removed are ``path`` itself, and what holds more than a checkpoint.
     """
     others = sorted(filter(_is_checkpoint, series(path)), key=_age, reverse=True)
-    for old in others[count - 1 :]:
+    for old in reversed(others[count - 1 :]):
         _check_removable(old)
         gone = companion(old, "removing")
         disk.rename(old, gone)  # so that no half of it is ever under its name

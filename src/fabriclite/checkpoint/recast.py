@@ -69,6 +69,12 @@ def casting(dtype: torch.dtype) -> Callable[[Stored], Stored]:
     return change
 
 
+def alone(stored: Stored) -> Stored:
+    """The same, but of a tensor that looks into more memory than its own without that memory."""
+    shares = isinstance(stored, InMemory) and stored.tensor.untyped_storage().nbytes() != stored.nbytes
+    return Cast(stored, stored.dtype) if shares else stored
+
+
 def _identity(stored: Stored) -> Any:
     if not isinstance(stored, InMemory) or stored.nbytes == 0:
         return id(stored)

@@ -86,7 +86,7 @@ class FolderTarget:
             rest[key] = _without(value, found) if found else value
         own = rest.get(OWN)
         rest[OWN] = {**(own if isinstance(own, Mapping) else {}), "version": VERSION}
-        return cls(tensors, TorchFile(rest))
+        return cls(tensors, TorchFile(recast.replaced(rest, recast.alone)))  # what shards share is theirs
 
     @property
     def nbytes(self) -> int:

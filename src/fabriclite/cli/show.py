@@ -1,7 +1,6 @@
 """A description of a checkpoint as text: a tree on a terminal, indented lines elsewhere."""
 
 import sys
-from typing import Any
 
 from fabriclite.checkpoint.describe import Description, GroupItem, Item, TensorItem
 
@@ -9,16 +8,13 @@ from fabriclite.checkpoint.describe import Description, GroupItem, Item, TensorI
 def show(described: Description, depth: int | None) -> None:
     """Print it, to ``depth`` levels of keys."""
     root = described.root if depth is None else described.root.cut(depth)
-    tree = _on_terminal()
-    print(f"{described.path}: {described.kind}, {_totals(described.root)}")
+    title = f"{described.path}: {described.kind}, {_totals(described.root)}"
     if described.ranks is not None:
-        print(f"saved by {described.ranks} {'process' if described.ranks == 1 else 'processes'}")
-    if tree is None:
+        title += f", saved by {_counted(described.ranks, 'process', 'processes')}"
+    if not _print_tree(title, root):
+        print(title)
         _print_lines(root, 1)
-    else:
-        _grow(tree.root, root)
-        tree.print()
-    print(f"{len(described.files)} {'file' if len(described.files) == 1 else 'files'}")
+    print(_counted(len(described.files), "file", "files"))
     for name, size in described.files.items():
         print(f"  {name}  {_bytes(size)}")
 
@@ -32,7 +28,11 @@ def _line(name: str, item: Item) -> str:
 
 
 def _totals(group: GroupItem) -> str:
-    return f"{group.tensors} {'tensor' if group.tensors == 1 else 'tensors'}, {_bytes(group.nbytes)}"
+    return f"{_counted(group.tensors, 'tensor', 'tensors')}, {_bytes(group.nbytes)}"
+
+
+def _counted(count: int, one: str, more: str) -> str:
+    return f"{count} {one if count == 1 else more}"
 
 
 def _bytes(count: int) -> str:
@@ -51,33 +51,24 @@ def _print_lines(group: GroupItem, level: int) -> None:
             _print_lines(item, level + 1)
 
 
-class _Tree:
-    """A tree of the package ``rich``."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.tree import Tree
-
-        self._console = Console()
-        self.root: Any = Tree("", hide_root=True)
-
-    def print(self) -> None:
-        self._console.print(self.root)
-
-
-def _on_terminal() -> _Tree | None:
+def _print_tree(title: str, group: GroupItem) -> bool:
+    """Print a tree, if there are a terminal and the package for it."""
     if not sys.stdout.isatty():
-        return None
+        return False
     try:
-        return _Tree()
+        from rich.console import Console
+        from rich.text import Text
+        from rich.tree import Tree
     except ImportError:
-        return None
+        return False
 
+    def grow(branch: Tree, group: GroupItem) -> None:
+        for name, item in group.items.items():
+            grown = branch.add(Text(_line(name, item)))
+            if isinstance(item, GroupItem):
+                grow(grown, item)
 
-def _grow(branch: Any, group: GroupItem) -> None:
-    from rich.text import Text
-
-    for name, item in group.items.items():
-        grown = branch.add(Text(_line(name, item)))
-        if isinstance(item, GroupItem):
-            _grow(grown, item)
+    tree = Tree(Text(title))
+    grow(tree, group)
+    Console().print(tree)
+    return True
