@@ -83,9 +83,7 @@ def while_training(fabric: Fabric, path: Path) -> None:
     assert [step(fabric, model, optimizer) for _ in range(3)] == later
 
 
-@pytest.mark.parametrize(
-    ("strategy", "world"), [("single_device", 1), ("ddp", 2), ("fsdp", 2), ("tp", 2)]
-)
+@pytest.mark.parametrize(("strategy", "world"), [("single_device", 1), ("ddp", 2), ("fsdp", 2), ("tp", 2)])
 def test_asynchronous(strategy: str, world: int, tmp_path: Path) -> None:
     run(while_training, strategy, world, tmp_path / "c")
 
@@ -334,9 +332,7 @@ def before_setup(fabric: Fabric, path: Path) -> None:
     assert same(expected, weights(other))
 
 
-@pytest.mark.parametrize(
-    ("strategy", "world"), [("single_device", 1), ("ddp", 2), ("fsdp", 2), ("tp", 2)]
-)
+@pytest.mark.parametrize(("strategy", "world"), [("single_device", 1), ("ddp", 2), ("fsdp", 2), ("tp", 2)])
 def test_a_checkpoint_loads_before_setup(strategy: str, world: int, tmp_path: Path) -> None:
     run(before_setup, strategy, world, tmp_path / "c")
 

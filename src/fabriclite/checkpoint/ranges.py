@@ -29,10 +29,12 @@ class File:
         self.path = path
         self.local = disk.is_local(path)
         try:
-            self.size: int = path.stat().st_size
+            found = path.stat()
         except OSError as error:
             raise CheckpointError(f"{path} must be a readable file, but {_reason(error)}.") from error
-        self._lock = threading.Lock()
+        self.size: int = found.st_size
+        self._identity = _identity(found) if self.local else None
+        self._lock = threading.RLock()
         self._opened: int | BinaryIO | None = None
         self._mapping: torch.UntypedStorage | None = None
         self._given: tuple[torch.UntypedStorage, set[int]] | None = None
@@ -73,6 +75,10 @@ class File:
                 if self.local:
                     fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
                     weakref.finalize(self, os.close, fd)
+                    if _identity(os.fstat(fd)) != self._identity:
+                        raise CheckpointError(
+                            f"{self.path} must stay until it is read, but was replaced since it was found. Load again."
+                        )
                     self._opened = fd
                 else:
                     stream: BinaryIO = self.path.open("rb")
@@ -106,14 +112,21 @@ class File:
             return cast(torch.UntypedStorage, mapping[offset : offset + length])
 
     def _map(self) -> torch.UntypedStorage | None:
-        if not self.local or self.size == 0 or not _on_local_disk(self.path) or self.path.stat().st_size < self.size:
+        if not self.local or self.size == 0 or not _on_local_disk(self.path):
             return None
+        opened = self._open()
+        assert isinstance(opened, int)
+        if os.fstat(opened).st_size < self.size:
+            return None
+        name = f"/proc/self/fd/{opened}"  # what is open: another file may have its name by now
         try:
-            return cast(
-                torch.UntypedStorage, torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=self.size)
-            )
+            return cast(torch.UntypedStorage, torch.UntypedStorage.from_file(name, shared=False, nbytes=self.size))
         except RuntimeError:  # no address space, or a limit on it: read calls need none
             return None
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _reason(error: OSError) -> str:

@@ -30,7 +30,8 @@ _GRACE_S: Final = 10.0
 """How long ranks may take to end by themselves after another one failed, in seconds."""
 _HEAD_START_S: Final = 1.0
 """How much earlier than noticed a rank may have ended that could not say so: the others fail at once, in seconds."""
-_PRELOAD: Final = ("torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "fabriclite")
+PRELOAD: Final = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "fabriclite"]
+"""What the fork server imports, once, before it starts ranks. A program that starts many worlds may add to it."""
 
 
 def worker_env(rank: int, size: int, port: int) -> dict[str, str]:
@@ -194,7 +195,7 @@ def run_function(
 def _outcomes(work: _Private, size: int, method: str) -> list[_Outcome]:
     context: Any = mp.get_context(method)  # typeshed knows Process only on the concrete contexts
     if method == "forkserver":
-        context.set_forkserver_preload(list(_PRELOAD))
+        context.set_forkserver_preload(PRELOAD)
     usual = _Usual(threads_each(size), mp.get_start_method(allow_none=True))
     store = serve_store(size)
     readers: list[Connection] = []
