@@ -23,10 +23,11 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from fabriclite import CheckpointError, ConfigError, Fabric
 from fabriclite.boxes import Box
-from fabriclite.checkpoint import place, recast
+from fabriclite.checkpoint import place
 from fabriclite.checkpoint.convert import convert
 from fabriclite.checkpoint.describe import describe
-from fabriclite.checkpoint.kinds import Kind, opened
+from fabriclite.checkpoint.read.kinds import Kind, opened
+from fabriclite.checkpoint.write import recast
 from fabriclite.cli import show as shown
 from fabriclite.cli.main import main
 from fabriclite.stored import in_memory
@@ -220,7 +221,7 @@ def test_any_tree_survives(tree: dict[str, Any], tie: bool) -> None:
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         patch.setattr(recast, "PIECE", 8)
         patch.setattr(recast, "BOX", 16)
-        patch.setattr("fabriclite.checkpoint.targets.SMALL", 1)
+        patch.setattr("fabriclite.checkpoint.write.targets.SMALL", 1)
         here = Path(name)
         torch.save({**tree, "fabriclite": {"rng": []}}, here / "source.pt")
         for source, target, to in (
@@ -434,7 +435,8 @@ def test_verify_says_what_it_cannot_compare(tmp_path: Path, capsys: pytest.Captu
 KILLED = """
 import sys, time
 from pathlib import Path
-from fabriclite.checkpoint import place, recast
+from fabriclite.checkpoint import place
+from fabriclite.checkpoint.write import recast
 from fabriclite.checkpoint.convert import convert
 
 recast.PIECE = recast.BOX = 64

@@ -1222,7 +1222,10 @@ CHECKPOINTS = [
         "load-nothing", lambda p: one().load(p / "nowhere"), CheckpointError, "nowhere … a checkpoint … does not exist"
     ),
     row(
-        "load-other-folder", lambda p: one().load(p), CheckpointError, "checkpoint folder … lacks meta.pt or .metadata"
+        "load-other-folder",
+        lambda p: one().load(p),
+        CheckpointError,
+        "a folder with meta.pt … is empty",
     ),
     *both_forms(
         "load-missing-entry",
@@ -1251,21 +1254,21 @@ CHECKPOINTS = [
         "load-garbage-meta",
         broken("folder", "meta.pt"),
         CheckpointError,
-        "meta.pt must be a readable … load another one",
+        "meta.pt must be as it was written … load another",
     ),
     row(
         "load-garbage-metadata",
         broken("folder", ".metadata"),
         CheckpointError,
-        ".metadata must be readable … load another",
+        ".metadata must be as it was written … load another",
     ),
     row(
         "load-garbage-shards",
         broken("folder", "*.distcp"),
         CheckpointError,
-        "readable shards … load another checkpoint",
+        "__0_0.distcp must be as it was written … load another checkpoint",
     ),
-    row("load-lost-shard", lost_shard, CheckpointError, "readable shards … __0_0.distcp … load another checkpoint"),
+    row("load-lost-shard", lost_shard, CheckpointError, "__0_0.distcp … is missing … load another checkpoint"),
     row("load-list", wrong_entry("model", [1]), CheckpointError, "entry of a module … a dictionary … list"),
     row(
         "load-numbers",
@@ -1312,8 +1315,13 @@ CHECKPOINTS = [
         "`filter` … (name, value) -> bool … {'a': 1}",
     ),
     row("load-state-list", lambda p: one().load(p, [1]), ConfigError, "`state` … {'model': model} … list"),
-    row("raw-missing", raw(lambda p: None), CheckpointError, "raw.pt … a file with a state dict … does not exist"),
-    row("raw-folder", raw(lambda p: p.mkdir()), CheckpointError, "raw.pt … is a folder … fabric.load"),
+    row("raw-missing", raw(lambda p: None), CheckpointError, "raw.pt … does not exist"),
+    row(
+        "raw-folder",
+        raw(lambda p: p.mkdir()),
+        CheckpointError,
+        "raw.pt … model.safetensors … is empty",
+    ),
     row("raw-list", raw(lambda p: torch.save([1], p)), CheckpointError, "raw.pt … a dictionary … list"),
     row(
         "raw-names",
@@ -1490,7 +1498,12 @@ IN_TWO: dict[str, list[RowInTwo]] = {
             "All ranks must build the same model … rank 1 … names, shapes or ties … depend on the rank",
         ),
         RowInTwo("save-below-file", unwritable, CheckpointError, "file/checkpoint … Rank 0 … could not"),
-        RowInTwo("load-torn-shard", torn_on_one_rank, CheckpointError, "readable shards … load another checkpoint"),
+        RowInTwo(
+            "load-torn-shard",
+            torn_on_one_rank,
+            CheckpointError,
+            "__1_0.distcp must be as it was written … load another",
+        ),
         RowInTwo("nonfinite", nonfinite_on_one_rank, NonFiniteGradientError, "2-norm … error_if_nonfinite=False"),
     ],
     "tp": [

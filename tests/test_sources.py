@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from fabriclite import CheckpointError
 from fabriclite.boxes import Box, all_of
-from fabriclite.checkpoint import extents, ranges
-from fabriclite.checkpoint.extents import Extent, OnDisk
-from fabriclite.checkpoint.index import INDEX, _tile
-from fabriclite.checkpoint.ranges import File
-from fabriclite.checkpoint.safetensors_file import read_header
-from fabriclite.checkpoint.source import open_checkpoint, open_state
+from fabriclite.checkpoint.read import extents, ranges
+from fabriclite.checkpoint.read.extents import Extent, OnDisk
+from fabriclite.checkpoint.read.index import INDEX, _tile
+from fabriclite.checkpoint.read.ranges import File
+from fabriclite.checkpoint.read.safetensors_file import read_header
+from fabriclite.checkpoint.read.source import open_checkpoint, open_state
 from fabriclite.stored import InMemory, Stored, in_memory
 
 pytestmark = [
@@ -366,7 +366,7 @@ class Elsewhere:
 
 
 def test_files_elsewhere_are_read_through_streams(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fabriclite.checkpoint import source
+    from fabriclite.checkpoint.read import source
 
     monkeypatch.setattr(source.disk, "located", lambda path: path)
     tensor = values((40, 30), torch.float32)

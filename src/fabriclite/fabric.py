@@ -566,7 +566,7 @@ class Fabric:
             CheckpointError: it cannot be read, or does not fit; nothing was changed then.
         """
         from fabriclite.checkpoint import raw
-        from fabriclite.checkpoint.agree import Crew
+        from fabriclite.checkpoint.agree import READER_S_ADVICE, Crew
         from fabriclite.entries import part_of
 
         raw.check_rename(rename)
@@ -574,7 +574,7 @@ class Fabric:
         part = part_of({"obj": obj}, "obj", self._running, self._books)
         # What was not set up is this process's own business: another rank may not load it at all.
         together = self._books.knows_module(obj) or self._books.knows_optimizer(obj)
-        agreed = Crew(self._world).on_all if together else _alone
+        agreed = Crew(self._world, advice=READER_S_ADVICE).on_all if together else _alone
         return raw.load_raw(path, part, strict, weights_only, rename, agreed)
 
     def _parts(self, state: Any) -> "dict[str, Part]":

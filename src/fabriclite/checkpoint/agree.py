@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from fabriclite.collectives import broadcast, gather_objects
 from fabriclite.errors import CheckpointError, FabricError
@@ -18,10 +18,12 @@ class Crew:
     Attributes:
         world: all of them.
         group: the process group they talk through; ``None`` is the default one, which the training uses.
+        advice: what to do about what the file system refuses.
     """
 
     world: World
     group: Any = None
+    advice: str = "Choose a path that can be written and has room."
 
     def on_rank_zero(self, act: Callable[[], T], what: str) -> T:
         """Run ``act`` on rank 0; every rank gets what it returned. Every rank must call this.
@@ -37,7 +39,7 @@ class Crew:
             except CheckpointError as error:
                 failure = str(error)
             except BaseException as error:
-                failure = f"Rank 0 must be able to {what}, but could not: {_reason(_cause(error)[1])}"
+                failure = f"Rank 0 must be able to {what}, but could not: {self._reason(_cause(error)[1])}"
         failure, result = broadcast(self.world, (failure, result), group=self.group)
         if failure is not None:
             raise CheckpointError(failure)
@@ -61,13 +63,23 @@ class Crew:
             own, failure = error, (self.world.rank, str(error))
         except BaseException as error:
             first, cause = _cause(error)
-            failure = self.world.rank if first is None else first, _reason(cause)
+            failure = self.world.rank if first is None else first, self._reason(cause)
         for told in gather_objects(self.world, failure, group=self.group):
             if told is not None:
                 if own is not None:
                     raise own
                 raise CheckpointError(f"Every rank must be able to {what}, but rank {told[0]} could not: {told[1]}")
         return result  # type: ignore[no-any-return]
+
+    def _reason(self, error: BaseException) -> str:
+        """What happened and, of the file system's reasons, how to mend it. Leaves what is no failure of the work."""
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise error
+        text = f"{type(error).__name__}: {str(error).rstrip('.')}."
+        return f"{text} {self.advice}" if isinstance(error, OSError) else text
+
+
+READER_S_ADVICE: Final = "Make it readable for this user, or load another checkpoint."
 
 
 def _cause(error: BaseException) -> tuple[int | None, BaseException]:
@@ -78,13 +90,3 @@ def _cause(error: BaseException) -> tuple[int | None, BaseException]:
         rank, (cause, _) = next(iter(error.failures.items()))
         return rank, cause
     return None, error
-
-
-def _reason(error: BaseException) -> str:
-    """What happened and, of the file system's reasons, how to mend it. Leaves what is no failure of the work."""
-    if isinstance(error, KeyboardInterrupt | SystemExit):
-        raise error
-    text = f"{type(error).__name__}: {str(error).rstrip('.')}."
-    if isinstance(error, OSError):
-        text += " Choose a path that can be written and has room."
-    return text

@@ -10,11 +10,13 @@ from typing import Any, Final
 import torch
 
 from fabriclite import shards
-from fabriclite.checkpoint import disk, kinds, place, recast
+from fabriclite.checkpoint import disk, place
 from fabriclite.checkpoint.agree import Crew
 from fabriclite.checkpoint.formats import DEFAULT_MAX_BYTES, FORMATS, Format, Safetensors
-from fabriclite.checkpoint.kinds import Found, Progress, Tally
-from fabriclite.checkpoint.targets import ExportTarget, FileTarget, FolderTarget, Target
+from fabriclite.checkpoint.read import kinds
+from fabriclite.checkpoint.read.kinds import Found, Progress, Tally
+from fabriclite.checkpoint.write import recast
+from fabriclite.checkpoint.write.targets import ExportTarget, FileTarget, FolderTarget, Target
 from fabriclite.errors import CheckpointError, ConfigError
 from fabriclite.world import World
 

@@ -8,8 +8,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fabriclite.checkpoint.kinds import Found, Kind, opened
-from fabriclite.checkpoint.source import OWN
+from fabriclite.checkpoint.formats import OWN
+from fabriclite.checkpoint.read.kinds import Found, Kind, opened
 from fabriclite.stored import InMemory, Stored
 
 _LONGEST: Final = 60

@@ -6,6 +6,10 @@ from typing import Final, Literal
 from fabriclite.errors import ConfigError
 
 Format = Literal["folder", "file", "safetensors"]
+OWN: Final = "fabriclite"
+"""The entry of a checkpoint that holds what belongs to the run: loss scale, random states, version of the layout."""
+VERSION: Final = 2
+"""Of the layout. From 2 on a folder lists checksums."""
 FORMATS: Final[tuple[Format, ...]] = ("folder", "file", "safetensors")
 DEFAULT_MAX_BYTES: Final = 5_000_000_000
 """Of one file of an export."""

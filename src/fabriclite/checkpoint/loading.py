@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from fabriclite import seed
-from fabriclite.checkpoint import disk, place, sums
-from fabriclite.checkpoint.agree import Crew
+from fabriclite.checkpoint import disk, sums
+from fabriclite.checkpoint.agree import READER_S_ADVICE, Crew
+from fabriclite.checkpoint.formats import OWN
 from fabriclite.checkpoint.parts import LooseModulePart, ModulePart, OptimizerPart, Part
-from fabriclite.checkpoint.session import EXTRA
-from fabriclite.checkpoint.source import Opened, open_checkpoint
+from fabriclite.checkpoint.read.kinds import located
+from fabriclite.checkpoint.read.source import Opened, open_checkpoint
 from fabriclite.errors import CheckpointError
 from fabriclite.stored import Stored, in_memory
 from fabriclite.strategy import Strategy
@@ -29,24 +30,24 @@ def load(
     Raises:
         CheckpointError: it cannot be read, is damaged, or does not fit; raised on every rank.
     """
-    crew = Crew(strategy.world)
+    crew = Crew(strategy.world, advice=READER_S_ADVICE)
     opened = _open(crew, disk.located(path), weights_only)
     tree = opened.tree
     if parts is None:
-        return {key: in_memory(value) for key, value in tree.items() if key != EXTRA}
+        return {key: in_memory(value) for key, value in tree.items() if key != OWN}
     missing = [key for key in parts if key not in tree]
     if missing and strict:
         raise CheckpointError(
             f"{path} must hold {', '.join(parts)}, but lacks {', '.join(missing)}. It holds:"
-            f" {', '.join(k for k in tree if k != EXTRA)}. Pass strict=False to load what is there."
+            f" {', '.join(k for k in tree if k != OWN)}. Pass strict=False to load what is there."
         )
     # Modules first: an optimizer may hold master weights, which a module's would round.
     order = sorted((key for key in parts if key not in missing), key=lambda key: not _is_module(parts[key]))
     fits = crew.on_all(lambda: {key: parts[key].checked(tree[key], strict) for key in order}, f"load {path}")
     crew.on_all(lambda: _load_all(parts, fits), f"load {path}")
     if any(isinstance(part, OptimizerPart) for part in parts.values()):
-        _resume(strategy, tree.get(EXTRA, {}))
-    others = [key for key in tree if key not in parts and key != EXTRA]
+        _resume(strategy, tree.get(OWN, {}))
+    others = [key for key in tree if key not in parts and key != OWN]
     return {key: in_memory(tree[key]) for key in others if opened.kind == "file" or not _holds_stored(tree[key])}
 
 
@@ -60,18 +61,9 @@ def _is_module(part: Part) -> bool:
 
 
 def _open(crew: Crew, path: Path, weights_only: bool) -> Opened:
-    where = crew.on_rank_zero(lambda: place.found(path), f"find {path}")
+    where = crew.on_rank_zero(lambda: located(path), f"find {path}")
     crew.on_all(lambda: sums.verify(where, (crew.world.rank, crew.world.size)), f"verify {path}")
-    return crew.on_all(lambda: _opened(where, weights_only), f"read {path}")
-
-
-def _opened(path: Path, weights_only: bool) -> Opened:
-    opened = open_checkpoint(path, weights_only)
-    if path.is_dir() and opened.tree.get(EXTRA, {}).get("version", 1) >= 2 and sums.listed(path) is None:
-        raise CheckpointError(
-            f"{path / sums.SUMS} must be there, but is missing. It is damaged: load another checkpoint."
-        )
-    return opened
+    return crew.on_all(lambda: open_checkpoint(where, weights_only), f"read {path}")
 
 
 def _holds_stored(tree: Any) -> bool:

@@ -11,8 +11,8 @@ from torch import Tensor
 from fabriclite import module_state
 from fabriclite.checkpoint import disk, place
 from fabriclite.checkpoint.parts import LooseModulePart, ModulePart, Part
+from fabriclite.checkpoint.read.source import open_checkpoint, open_state
 from fabriclite.checkpoint.report import LoadReport
-from fabriclite.checkpoint.source import open_checkpoint, open_state
 from fabriclite.errors import CheckpointError, ConfigError
 from fabriclite.stored import Stored
 

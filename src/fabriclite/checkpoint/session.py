@@ -3,25 +3,20 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from fabriclite import seed
 from fabriclite.checkpoint import disk, place
 from fabriclite.checkpoint.agree import Crew
-from fabriclite.checkpoint.export import ExportContent
-from fabriclite.checkpoint.file import FileContent
-from fabriclite.checkpoint.folder import FolderContent
-from fabriclite.checkpoint.formats import FORMATS, Format, Safetensors
+from fabriclite.checkpoint.formats import FORMATS, OWN, VERSION, Format, Safetensors
 from fabriclite.checkpoint.parts import Part
 from fabriclite.checkpoint.saving import SaveHandle, Saver
+from fabriclite.checkpoint.write.export import ExportContent
+from fabriclite.checkpoint.write.file import FileContent
+from fabriclite.checkpoint.write.folder import FolderContent
 from fabriclite.collectives import gather_objects
 from fabriclite.errors import CheckpointError, ConfigError
 from fabriclite.strategy import Strategy
-
-EXTRA: Final = "fabriclite"
-"""The entry that holds what belongs to the run: loss scale, random states."""
-VERSION: Final = 2
-"""Of the layout. From 2 on a folder lists checksums."""
 
 
 class Content(Protocol):
@@ -67,8 +62,8 @@ def ordered(
     """
     where = disk.located(path)
     _check_filters(filters, parts)
-    if EXTRA in parts:
-        raise ConfigError(f"`state` must not have the key {EXTRA!r}, which is fabriclite's own, but has it. Rename it.")
+    if OWN in parts:
+        raise ConfigError(f"`state` must not have the key {OWN!r}, which is fabriclite's own, but has it. Rename it.")
     if format is not None and format not in FORMATS and not isinstance(format, Safetensors):
         raise ConfigError(f"`format` must be None, {', '.join(map(repr, FORMATS))}, but is {format!r}.")
     if keep_last is not None:
@@ -127,7 +122,7 @@ def _take(strategy: Strategy, parts: Mapping[str, Part], order: Order) -> Conten
     if form == "safetensors":
         return ExportContent.take(parts, order.filters, order.format)
     states = gather_objects(world, seed.rng_state())
-    extra = {EXTRA: {"version": VERSION, "scaler": strategy.scaler.state_dict(), "rng": states}}
+    extra = {OWN: {"version": VERSION, "scaler": strategy.scaler.state_dict(), "rng": states}}
     kind = FolderContent if form == "folder" else FileContent
     return kind.take(world, parts, order.filters, extra, copied=order.asynchronous)
 

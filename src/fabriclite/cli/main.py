@@ -59,7 +59,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from fabriclite.checkpoint.kinds import verify
+    from fabriclite.checkpoint.read.kinds import verify
     from fabriclite.cli.progress import bar
 
     with bar("comparing") as progress:

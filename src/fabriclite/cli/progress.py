@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fabriclite.checkpoint.kinds import Progress
+from fabriclite.checkpoint.read.kinds import Progress
 
 
 @contextmanager

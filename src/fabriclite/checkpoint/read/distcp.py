@@ -7,11 +7,11 @@ import torch
 from typing_extensions import override
 
 from fabriclite.boxes import Box, lengths
-from fabriclite.checkpoint.blob import Range, look_into
-from fabriclite.checkpoint.extents import Extent, OnDisk
-from fabriclite.checkpoint.index import INDEX, Index, Spot, read_index
-from fabriclite.checkpoint.ranges import File
-from fabriclite.checkpoint.torch_file import read_torch_bytes
+from fabriclite.checkpoint.read.blob import Range, look_into
+from fabriclite.checkpoint.read.extents import Extent, OnDisk
+from fabriclite.checkpoint.read.index import INDEX, Index, Spot, read_index
+from fabriclite.checkpoint.read.ranges import File
+from fabriclite.checkpoint.read.torch_file import read_torch_bytes
 from fabriclite.errors import CheckpointError
 from fabriclite.stored import Stored
 

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from fabriclite import _torch
 from fabriclite.boxes import Box
-from fabriclite.checkpoint.ranges import File
+from fabriclite.checkpoint.read.ranges import File
 from fabriclite.stored import Stored
 
 _BLOCK: Final = 16 << 20

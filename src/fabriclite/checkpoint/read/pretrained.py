@@ -3,8 +3,8 @@
 import json
 from typing import Any, Final
 
-from fabriclite.checkpoint.safetensors_file import read_header
-from fabriclite.checkpoint.torch_file import read_torch_file
+from fabriclite.checkpoint.read.safetensors_file import read_header
+from fabriclite.checkpoint.read.torch_file import read_torch_file
 from fabriclite.errors import CheckpointError
 
 _NAMES: Final = (

@@ -3,23 +3,22 @@
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fabriclite.checkpoint import disk
-from fabriclite.checkpoint.distcp import open_distributed
-from fabriclite.checkpoint.index import INDEX
+from fabriclite.checkpoint.formats import OWN
 from fabriclite.checkpoint.place import META
-from fabriclite.checkpoint.pretrained import is_pretrained, read_pretrained
-from fabriclite.checkpoint.safetensors_file import read_header
-from fabriclite.checkpoint.torch_file import read_torch_file
+from fabriclite.checkpoint.read.distcp import open_distributed
+from fabriclite.checkpoint.read.index import INDEX
+from fabriclite.checkpoint.read.pretrained import is_pretrained, read_pretrained
+from fabriclite.checkpoint.read.safetensors_file import read_header
+from fabriclite.checkpoint.read.torch_file import read_torch_file
+from fabriclite.checkpoint.sums import SUMS
 from fabriclite.errors import CheckpointError
 from fabriclite.stored import InMemory, Stored
-
-OWN: Final = "fabriclite"
-"""The entry of our checkpoints that belongs to the run. It stays plain, and tells our folders from others'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +84,7 @@ def _open_folder(path: Any, weights_only: bool) -> dict[str, Any]:
     folder = open_distributed(path)
     rest = read_torch_file(path / META, weights_only) if (path / META).is_file() else {}
     if OWN in rest:
+        _check_sums_are_there(path, rest[OWN])
         return _ours(folder.tensors, _stored(rest))
     nested = {key: _with_state(value) for key, value in folder.nested(weights_only).items()}
     return _stored({**nested, **rest})
@@ -94,6 +94,12 @@ def _with_state(value: Any) -> Any:
     """An optimizer's entry with the state that torch leaves out of a folder where it is empty, as SGD's can be."""
     bare = isinstance(value, dict) and "param_groups" in value and "state" not in value
     return {"state": {}, **value} if bare else value
+
+
+def _check_sums_are_there(path: Any, own: Any) -> None:
+    listed = isinstance(own, Mapping) and own.get("version", 1) >= 2
+    if listed and not (path / SUMS).is_file():
+        raise CheckpointError(f"{path / SUMS} must be there, but is missing. It is damaged: load another checkpoint.")
 
 
 def _ours(tensors: Mapping[str, Stored], rest: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any, Final
 import torch
 
 from fabriclite.boxes import all_of
-from fabriclite.checkpoint.extents import Extent, OnDisk
-from fabriclite.checkpoint.ranges import File
+from fabriclite.checkpoint.read.extents import Extent, OnDisk
+from fabriclite.checkpoint.read.ranges import File
 from fabriclite.errors import CheckpointError
 
 _NAMES: Final = {

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from fabriclite import shards
 from fabriclite.boxes import Box, lengths
-from fabriclite.checkpoint import disk, kinds, recast
+from fabriclite.checkpoint import disk
 from fabriclite.checkpoint.agree import Crew
-from fabriclite.checkpoint.folder import SMALL, Shard, prefix, write_rest, write_shards
-from fabriclite.checkpoint.kinds import Found
-from fabriclite.checkpoint.safetensors_writer import Entry, SafetensorsWriter, in_order
-from fabriclite.checkpoint.session import VERSION
-from fabriclite.checkpoint.source import OWN
-from fabriclite.checkpoint.torch_writer import TorchFile
+from fabriclite.checkpoint.formats import OWN, VERSION
+from fabriclite.checkpoint.read import kinds
+from fabriclite.checkpoint.read.kinds import Found
+from fabriclite.checkpoint.write import recast
+from fabriclite.checkpoint.write.folder import SMALL, Shard, prefix, write_rest, write_shards
+from fabriclite.checkpoint.write.safetensors_writer import Entry, SafetensorsWriter, in_order
+from fabriclite.checkpoint.write.torch_writer import TorchFile
 from fabriclite.errors import CheckpointError, ConfigError
 from fabriclite.stored import Stored
 from fabriclite.world import World

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from typing_extensions import Buffer, override
 
-from fabriclite.checkpoint.ranges import File
+from fabriclite.checkpoint.read.ranges import File
 
 
 class Range(io.RawIOBase):

@@ -15,7 +15,7 @@ from fabriclite import module_state, shards
 from fabriclite.checkpoint.agree import Crew
 from fabriclite.checkpoint.formats import Safetensors
 from fabriclite.checkpoint.parts import LooseModulePart, ModulePart, Part, taken
-from fabriclite.checkpoint.safetensors_writer import Entry, SafetensorsWriter, in_order
+from fabriclite.checkpoint.write.safetensors_writer import Entry, SafetensorsWriter, in_order
 from fabriclite.errors import ConfigError
 from fabriclite.stretch import Stretch
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from typing_extensions import Buffer, override
 
 from fabriclite import _torch
-from fabriclite.checkpoint import recast
-from fabriclite.checkpoint.blob import STORAGES
+from fabriclite.checkpoint.read.blob import STORAGES
+from fabriclite.checkpoint.write import recast
 from fabriclite.stored import InMemory, Stored
 
 _ALIGNMENT: Final = 64

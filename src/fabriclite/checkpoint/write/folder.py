@@ -24,9 +24,9 @@ from fabriclite import _torch, shards
 from fabriclite.boxes import Box, all_of, lengths
 from fabriclite.checkpoint import disk, place, sums
 from fabriclite.checkpoint.agree import Crew
-from fabriclite.checkpoint.file import save_into
 from fabriclite.checkpoint.parts import LooseModulePart, ModulePart, OptimizerPart, Part, taken, whole
 from fabriclite.checkpoint.sums import FileSum, Summing
+from fabriclite.checkpoint.write.file import save_into
 from fabriclite.collectives import gather_objects
 from fabriclite.stretch import Stretch
 from fabriclite.world import World

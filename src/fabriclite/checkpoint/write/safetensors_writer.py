@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fabriclite.checkpoint import disk, sums
 from fabriclite.checkpoint.formats import DEFAULT_MAX_BYTES
-from fabriclite.checkpoint.safetensors_file import DTYPES
+from fabriclite.checkpoint.read.safetensors_file import DTYPES
 from fabriclite.checkpoint.sums import FileSum, Summing
 from fabriclite.errors import ConfigError
 

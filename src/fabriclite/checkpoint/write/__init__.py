@@ -1,0 +1,1 @@
+"""The forms of a checkpoint, and how each is written."""
