@@ -6,7 +6,9 @@
     python examples/train_gpt.py --strategy tensor_parallel --devices 2       # split matrices
     python examples/train_gpt.py --strategy deepspeed --devices 2             # ZeRO stage 3
     python examples/train_gpt.py --precision bf16-mixed --data book.txt       # a text of your own
-    python examples/train_gpt.py --resume runs/gpt/checkpoint --steps 400     # go on from there
+    python examples/train_gpt.py --save-every 50                              # every 50 steps, beside the training
+    python examples/train_gpt.py --resume runs/gpt/latest                     # go on from the newest of these
+    python examples/train_gpt.py --resume runs/gpt/checkpoint --steps 400     # go on from the end
     torchrun --nproc-per-node 2 examples/train_gpt.py --strategy fsdp --devices 2
 
 Then let it write: python examples/generate.py --checkpoint runs/gpt/checkpoint
@@ -21,7 +23,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -46,6 +47,9 @@ def parse_args() -> argparse.Namespace:
     files.add_argument("--data", type=Path, help="any text; default: the language reference that Python ships")
     files.add_argument("--out", type=Path, default=Path("runs/gpt"), help="folder for the checkpoint")
     files.add_argument("--resume", type=Path, help="a checkpoint to go on from; it also gives the model's shape")
+    files.add_argument(
+        "--save-every", type=int, metavar="N", help="save step-N and so on in --out; keep the newest two"
+    )
     shape = parser.add_argument_group("model")
     shape.add_argument("--dim", type=int, default=192)
     shape.add_argument("--layers", type=int, default=4)
@@ -163,6 +167,9 @@ def main() -> None:
     # A resumed model is loaded over anyway: nothing is drawn for it.
     with fabric.init_module(empty_init=True if args.resume else None):
         model = GPT(config)
+    if fabric.is_global_zero:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "model.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     parameters = sum(p.numel() for p in model.parameters())
     # AdamW divides by sqrt(variance) + eps. The usual eps is zero in float16; the smallest normal number is not.
     eps = max(1e-8, torch.finfo(next(model.parameters()).dtype).tiny)
@@ -181,17 +188,15 @@ def main() -> None:
     if min(len(train_loader), len(val_loader)) == 0:
         raise SystemExit("--data must be long enough for one batch on every process, but is not. Lower --batch-size.")
 
-    state = {"model": model, "optimizer": optimizer, "step": 0}
+    # The loader too: a resumed run reads on with the very batch that would have been next.
+    state = {"model": model, "optimizer": optimizer, "loader": train_loader, "step": 0}
     if args.resume:
         fabric.load(args.resume, state)
     first = state["step"]
     if first >= args.steps:
         raise SystemExit(f"--steps must be more than the {first} of the checkpoint, but is {args.steps}.")
 
-    # A resumed run reads on where it stopped: in that pass over the data, after the batches it has seen.
-    epoch, seen = divmod(first * args.accumulate, len(train_loader))
-    train_loader.set_epoch(epoch)
-    batches = islice(forever(train_loader), seen, None)
+    batches = forever(train_loader)
     tokens = args.accumulate * args.batch_size * config.context
     model.train()
     with Report(fabric, first, args.steps, args.log_every) as report:
@@ -211,15 +216,15 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
             report.step(step + 1, total, tokens)
+            state["step"] = step + 1
+            if args.save_every and state["step"] % args.save_every == 0:
+                fabric.save(args.out / f"step-{state['step']}", state, keep_last=2, asynchronous=True)
 
     train_loss = fabric.all_reduce(report.loss, reduce_op="mean")
     val_loss = evaluate(fabric, model, val_loader)
     fabric.print(f"train loss {train_loss:.4f}  validation loss {val_loss:.4f}")
 
-    state["step"] = args.steps
     fabric.save(args.out / "checkpoint", state)
-    if fabric.is_global_zero:
-        (args.out / "model.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     fabric.print(f"saved {args.out / 'checkpoint'}")
 
 

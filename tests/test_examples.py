@@ -42,12 +42,12 @@ def test_under_torchrun_too(tmp_path: Path) -> None:
     assert losses[0] == losses[1] != []
 
 
-def test_resuming_gives_the_run_that_never_stopped(tmp_path: Path) -> None:
-    where = ["--accelerator", "cpu", "--strategy", "fsdp", "--devices", "2"]
-    whole = script("train_gpt.py", *where, *SMALL, "--out", str(tmp_path / "whole"))
-    half = [a if a != "4" or i != 1 else "2" for i, a in enumerate(SMALL)]
-    script("train_gpt.py", *where, *half, "--out", str(tmp_path / "half"))
-    rest = script(
-        "train_gpt.py", *where, *SMALL, "--resume", str(tmp_path / "half" / "checkpoint"), "--out", str(tmp_path)
-    )
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+def test_resuming_gives_the_run_that_never_stopped(strategy: str, tmp_path: Path) -> None:
+    """From what was saved on the way, under the same strategy and another."""
+    where = ["--accelerator", "cpu", "--devices", "2"]
+    whole = script("train_gpt.py", *where, *SMALL, "--strategy", "fsdp", "--save-every", "2", "--out", str(tmp_path))
+    assert (tmp_path / "latest").resolve() == tmp_path / "step-4"
+    saved = ["--resume", str(tmp_path / "step-2"), "--out", str(tmp_path / "rest")]
+    rest = script("train_gpt.py", *where, *SMALL, "--strategy", strategy, *saved)
     assert re.findall(r"loss (\d+\.\d+)", whole)[-1] == re.findall(r"loss (\d+\.\d+)", rest)[-1]

@@ -17,7 +17,7 @@ from fabriclite.birth.plan import enter
 from fabriclite.books import Books
 from fabriclite.checkpoint.formats import Format, Safetensors
 from fabriclite.checkpoint.report import LoadReport
-from fabriclite.checkpoint.saving import SaveHandle, Saver
+from fabriclite.checkpoint.saving import SaveHandle, Saver, wait_for_all
 from fabriclite.errors import ConfigError, SetupOrderError
 from fabriclite.launch import process_group, workers
 from fabriclite.launch.choose import Situation, choose
@@ -349,7 +349,8 @@ class Fabric:
             move_to_device: move batches to this process's device.
 
         Returns:
-            The loader, or a list of them. ``loader.set_epoch(e)`` says which pass comes next.
+            The loader, or a list of them. ``loader.set_epoch(e)`` says which pass comes next. One that was saved with
+            :meth:`save` goes on at the batch after the last one that was handed out.
 
         Raises:
             ConfigError: an argument is no ``DataLoader``, or its sampler cannot be split.
@@ -546,8 +547,9 @@ class Fabric:
     ) -> LoadReport | None:
         """Load weights alone: a Hugging Face folder, ``.safetensors``, ``.pt``/``.pth``/``.bin``, or our checkpoint.
 
-        Every rank must call this. Each reads only its own part of the files. Before :meth:`setup` a model from
-        ``init_module`` just notes where its values lie: setting it up then reads them, and draws only what the files
+        Every rank must call this. Each reads only its own part of the files, and of what :meth:`save` wrote compares
+        its share of the checksums first. Before :meth:`setup` a model from ``init_module`` just notes where its values
+        lie: setting it up then reads them, and draws only what the files
         lack. On the CPU whole tensors may use the files' own memory, so files must not be changed in place while the
         model lives (replacing them is fine).
 
@@ -575,7 +577,8 @@ class Fabric:
         # What was not set up is this process's own business: another rank may not load it at all.
         together = self._books.knows_module(obj) or self._books.knows_optimizer(obj)
         agreed = Crew(self._world, advice=READER_S_ADVICE).on_all if together else _alone
-        return raw.load_raw(path, part, strict, weights_only, rename, agreed)
+        share = (self._world.rank, self._world.size)
+        return raw.load_raw(path, part, strict, weights_only, rename, agreed, share)
 
     def _parts(self, state: Any) -> "dict[str, Part]":
         from fabriclite.entries import parts_of
@@ -637,5 +640,5 @@ def _run_in_worker(
     seed.carry_on(seeds)
     fabric = Fabric(**arguments)
     result = function(fabric, *args, **kwargs)
-    fabric._saver.wait()  # this process may end without the interpreter's own waiting
+    wait_for_all()  # this process may end without the interpreter's own waiting
     return result

@@ -3,7 +3,7 @@
 A name ``run/step-100`` can have three companions, each with a dot in front: ``.step-100.writing`` is not whole yet,
 ``.step-100.replaced`` is the older checkpoint while the new one takes its name, and ``.step-100.removing`` is on its
 way out. Whenever the process is killed, the newest whole checkpoint is under the name or else the replaced one; the
-others are cleared by the next save of the same series.
+others are cleared by the next save of that name or, with ``keep_last``, of the series.
 """
 
 import os
@@ -45,14 +45,15 @@ def prepare(path: Path, linked: bool = False) -> None:
 
     Args:
         path: of what will be saved.
-        linked: whether ``latest`` is to lead to it.
+        linked: whether it is one of a series, and ``latest`` is to lead to it.
 
     Raises:
         FileExistsError: see :func:`check_replaceable`; or ``latest`` is no link.
         PermissionError: the older checkpoint could not be removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for name in [path.name, LATEST, *(other.name for other in series(path))]:
+    # Of what has no `latest` and no `keep_last`, names alike may be those of other runs, which are writing now.
+    for name in [path.name, *([LATEST, *(other.name for other in series(path))] if linked else [])]:
         _tidy(path.with_name(name))
     check_replaceable(path)
     _check_removable(path)

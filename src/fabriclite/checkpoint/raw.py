@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fabriclite import module_state
-from fabriclite.checkpoint import disk, place
+from fabriclite.checkpoint import disk, place, sums
 from fabriclite.checkpoint.parts import LooseModulePart, ModulePart, Part
 from fabriclite.checkpoint.read.source import open_checkpoint, open_state
 from fabriclite.checkpoint.report import LoadReport
@@ -43,7 +43,13 @@ def check_rename(rename: Any) -> None:
 
 
 def load_raw(
-    path: str | Path, part: Part, strict: bool, weights_only: bool, rename: Rename, agreed: Agreed
+    path: str | Path,
+    part: Part,
+    strict: bool,
+    weights_only: bool,
+    rename: Rename,
+    agreed: Agreed,
+    share: tuple[int, int],
 ) -> LoadReport | None:
     """Load weights, or the state of one optimizer, from a file or folder that holds nothing else.
 
@@ -54,6 +60,7 @@ def load_raw(
         weights_only: unpickle nothing that could run code.
         rename: how names in the file become those of the module.
         agreed: how to fail together.
+        share: ``(rank, ranks)``: which of the checksums this rank compares, of what fabriclite wrote.
 
     Returns:
         A report, for a module.
@@ -68,6 +75,8 @@ def load_raw(
         agreed(lambda: part.load(value), f"load {path}")
         return None
     opened = agreed(lambda: open_state(where, weights_only), f"read {path}")
+    if opened.ours:
+        agreed(lambda: sums.verify(where, share), f"verify {path}")
     stored = {**opened.tensors, **opened.other}
     values, report = agreed(lambda: _matched(part, stored, rename, strict, where), f"load {path}")
     agreed(lambda: part.load(values), f"load {path}")

@@ -5,7 +5,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch.distributed as dist
 
@@ -26,6 +26,7 @@ class SaveHandle:
         self._work = work
         self._error: BaseException | None = None
         self._raised = False
+        _UNDER_WAY.add(self)
         # no daemon: the interpreter waits for it before it ends
         self._thread = threading.Thread(target=self._run, name=f"fabriclite-save-{path.name}")
         self._thread.start()
@@ -54,6 +55,7 @@ class SaveHandle:
         self._thread.join(timeout)
         if self._thread.is_alive():
             raise TimeoutError(f"Saving {self.path} must end within {timeout} s to be waited for, but goes on.")
+        _UNDER_WAY.discard(self)
         if self._error is not None and not self._raised:
             self._raised = True
             raise CheckpointError(f"The asynchronous save of {self.path} failed. {self._error}") from self._error
@@ -61,6 +63,19 @@ class SaveHandle:
     def _at_exit(self) -> None:
         if self._error is not None and not self._raised:
             print(f"The asynchronous save of {self.path} failed. {self._error}", file=sys.stderr)
+
+
+_UNDER_WAY: Final[set[SaveHandle]] = set()
+
+
+def wait_for_all() -> None:
+    """Wait for the saves of this process, whoever began them.
+
+    Raises:
+        CheckpointError: one failed, and nobody was told.
+    """
+    for handle in list(_UNDER_WAY):
+        handle.wait()
 
 
 class Saver:

@@ -45,12 +45,14 @@ class State:
         tensors: by name.
         other: items that are no tensors, such as extra state.
         files: that hold them.
+        ours: whether fabriclite wrote it, with checksums.
     """
 
     path: Any
     tensors: dict[str, Stored]
     other: dict[str, Any]
     files: list[Any]
+    ours: bool = False
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
@@ -172,7 +174,7 @@ def open_state(path: Any, weights_only: bool) -> State:
     if is_pretrained(path):
         found, files = read_pretrained(path, weights_only)
         tree = _stored(found)
-        return State(path, *_split(tree), files)
+        return State(path, *_split(tree), files, ours=(path / SUMS).is_file())
     raise _not_a_checkpoint(
         path, "model.safetensors, pytorch_model.bin, the index of several such files, or a checkpoint's .metadata"
     )
@@ -192,7 +194,7 @@ def _state_in(path: Any, tree: Mapping[str, Any], files: list[Any]) -> State:
             f"{path} must hold the state of a module, but has no tensors under {', '.join(map(str, tree))}."
             " Load another file."
         )
-    return State(path, tensors, other, files)
+    return State(path, tensors, other, files, ours=OWN in tree)
 
 
 def is_module(key: str, value: Any) -> bool:
