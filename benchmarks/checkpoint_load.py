@@ -14,6 +14,7 @@ from checkpoint_model import (
     TINY,
     Shape,
     fill,
+    joined,
     llama,
     local,
     ranges,
@@ -184,7 +185,7 @@ def read_into_one_buffer(job: Job) -> Method:
 
     def act(_: None, files: Path) -> None:
         for handle, parts in _parts(job, files):
-            for offset, length in parts:
+            for offset, length in joined(parts):
                 for at in range(0, length, PIECE):
                     os.preadv(handle, [buffer[: min(PIECE, length - at)]], offset + at)
 
@@ -207,7 +208,7 @@ def read_into_fresh_memory(job: Job) -> Method:
 
 
 def _parts(job: Job, files: Path) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-    """Every file, opened, and what this rank needs of it, neighbours together where that is everything."""
+    """Every file, opened, and where in it lies what this rank needs."""
     rank = int(os.environ.get("RANK", "0"))
     for file in shards_of(files / HUB):
         handle = os.open(file, os.O_RDONLY)

@@ -193,6 +193,17 @@ def ranges(file: Path, rank: int, world: int) -> list[tuple[int, int]]:
     return sorted(one for one in found if one[1])
 
 
+def joined(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same with neighbours as one."""
+    found: list[tuple[int, int]] = []
+    for offset, length in parts:
+        if found and sum(found[-1]) == offset:
+            offset, length = found[-1][0], found[-1][1] + length
+            found.pop()
+        found.append((offset, length))
+    return found
+
+
 def share_of(folder: Path, rank: int, world: int) -> int:
     """Bytes of this rank's part of the weights."""
     return sum(length for file in shards_of(folder) for _, length in ranges(file, rank, world))

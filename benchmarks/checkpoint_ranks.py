@@ -133,6 +133,7 @@ def alone(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _alone(rank: int, store: str, function: Callable[..., Any], args: Sequence[Any]) -> Any:
+    _quiet()
     torch.set_num_threads(os.cpu_count() or 1)
     return function(*args) or True
 

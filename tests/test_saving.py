@@ -409,6 +409,18 @@ def test_checksums_are_listed(tmp_path: Path) -> None:
         assert (tmp_path / "c" / name).stat().st_size == file["size"]
 
 
+def test_checksums_cannot_be_switched_off(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        fabric, model = alone(), net()
+        for form in ("file", "folder"):
+            fabric.save(tmp_path / form, {"model": model}, format=form)
+            fabric.load(tmp_path / form, {"model": model})
+        assert not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+
 def test_a_refused_save_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="pickle"):
         alone().save(tmp_path / "c", {"f": lambda: None, "model": net()})

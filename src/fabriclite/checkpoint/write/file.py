@@ -49,12 +49,16 @@ def save_into(file: Any, content: Any) -> None:
     Raises:
         OSError: what the disk said.
     """
+    summed = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)  # a script may have switched them off for files of its own
     try:
         torch.save(content, file)
     except RuntimeError as error:
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
+    finally:
+        torch.serialization.set_crc32_options(summed)
 
 
 def write_file(content: Mapping[str, Any], path: Path) -> None:
