@@ -25,7 +25,7 @@ def verify(strategy: Strategy, engine: nn.Module, promise: "Promise", at_birth: 
     told = collectives.gather_objects(strategy.world, (verify.names_digest(parts), own))
     found = verify.of_all(told)
     if len({names for names, _ in told}) == 1:
-        looks = collectives.all_gather(strategy.world, verify.look(parts, promise).to(strategy.world.device))
+        looks = collectives.all_gather(strategy.world, verify.look(parts, promise, at_birth).to(strategy.world.device))
         found += verify.findings(promise, list(parts), looks, at_birth)
     if found:
         raise MaterializeError(

@@ -55,6 +55,11 @@ def check_fits(own: Mapping[str, Any], state: Mapping[str, Any], strict: bool) -
     Raises:
         CheckpointError: names are missing or unexpected (``strict``), or a shape differs.
     """
+    with _torch.raw():  # of a recorded tensor too, shapes are torch's to tell
+        _check_fits(own, state, strict)
+
+
+def _check_fits(own: Mapping[str, Any], state: Mapping[str, Any], strict: bool) -> None:
     missing = [k for k in own if k not in state]
     unexpected = [k for k in state if k not in own]
     wrong = [

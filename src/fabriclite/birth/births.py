@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from fabriclite import _torch, shards
 from fabriclite.birth import replay, session
-from fabriclite.birth.fill import Goal, Send, Whole, fill, fill_from_first
+from fabriclite.birth.fill import Goal, Send, Whole, fill, fill_from_first, loaded
 from fabriclite.birth.places import Place, give_lazy_ones_a_device, listed, places_of, replace
 from fabriclite.birth.recording import Recording
 from fabriclite.birth.streams import At, Held
@@ -133,6 +133,13 @@ class Births:
         }
         return frozenset(p.name for p in self.places if p.kind == "parameter" and p.ref.storage in drawn)
 
+    def loaded_names(self) -> frozenset[str]:
+        """Parameters and buffers that are a tensor of a file, and nothing else."""
+        if self._recording is None:
+            return frozenset()
+        tape = self._recording.tape
+        return frozenset(p.name for p in self.places if p.kind != "attribute" and loaded(tape, p.ref) is not None)
+
     # -- filling ---------------------------------------------------------------------------
     def fill(self, *, shards_on: torch.device | None = None, send: Send | None = None, first: bool = True) -> None:
         """Give every tensor its memory and values, and every module that holds one the same object as before.
@@ -190,13 +197,15 @@ class Births:
 
     def _goal(self, held: DTensor, place: Place, device: torch.device) -> Goal:
         ref, box = place.ref, shards.box(held)
-        if self._recording is not None and self._recording.knows(shards.local(held)):
+        assert self._recording is not None
+        if self._recording.knows(shards.local(held)):
             ref = self._recording.ref(shards.local(held))  # cut by hand: a view of what was recorded
             box = tuple((0, length) for length in ref.size)
         elif (tuple(held.shape), held.dtype) != (ref.size, ref.dtype):
             raise MaterializeError(_changed(place.name, held))
         out = torch.empty([length for _, length in box], dtype=ref.dtype, device=device)
-        replay.poison(out.untyped_storage())  # a value that is then not written is found by `verify`
+        if loaded(self._recording.tape, ref) is None:  # reading a file raises where it cannot write all
+            replay.poison(out.untyped_storage())  # a value that is then not written is found by `verify`
         return Goal(ref, box, out)
 
     def _still_recorded(self, held: Tensor, place: Place) -> Ref:

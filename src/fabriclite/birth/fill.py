@@ -66,7 +66,7 @@ def fill(tape: Tape, goals: Sequence[Goal], wholes: Sequence[Whole], threads: in
         else:
             tasks += _shared_tasks(tape, recipe, whole)
     for goal in goals:
-        stored = _loaded(tape, goal.ref)
+        stored = loaded(tape, goal.ref)
         if stored is not None:
             tasks.append(_Task(tape.last_op(goal.ref.storage), goal.out.numel(), _ReadBox(stored, goal)))
             continue
@@ -103,14 +103,14 @@ def fill_from_first(
 
 def _mapped(tape: Tape, whole: Whole) -> UntypedStorage | None:
     """The file's own memory, for a storage that is nothing but a tensor of a file as it lies there."""
-    stored = _loaded(tape, _all_of(tape, whole))
+    stored = loaded(tape, _all_of(tape, whole))
     if stored is None or stored.dtype != whole.dtype or tape.storages[whole.storage].device.type != "cpu":
         return None
     tensor = stored.mapped()
     return None if tensor is None else tensor.untyped_storage()
 
 
-def _loaded(tape: Tape, ref: Ref) -> Stored | None:
+def loaded(tape: Tape, ref: Ref) -> Stored | None:
     """The tensor of a file that the one at ``ref`` is, with nothing else done to it."""
     ops = tape.needed([ref.storage])
     if len(ops) != 1 or len(ops[0].args) < 2 or not isinstance(ops[0].args[1], Stored):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fabriclite import _torch
 from fabriclite.birth import session
 from fabriclite.birth.births import Births
 from fabriclite.birth.places import is_lazy, listed, named_tensors
@@ -40,10 +41,20 @@ def settled(
     refuse_meta(module)
     if precision is not None and precision.param_dtype != torch.float32 and not precision.mixed:
         module = module.to(precision.param_dtype) if _all_float32(module) else module
-    if device is not None:
+    if device is not None and not _is_on(module, device):
         module = module.to(device)
     with session.paused():
         yield module, Births.of(module, optimizers)
+
+
+def _is_on(module: nn.Module, device: torch.device) -> bool:
+    """Whether all of it was recorded for ``device``: moving it there would ask and answer, and change nothing."""
+    recording = session.current()
+    if recording is None:
+        return False
+    with _torch.raw():
+        tensors = [tensor for _, tensor in named_tensors(module)]
+        return all(recording.knows(tensor) and recording.device(tensor) == device for tensor in tensors)
 
 
 def refuse_meta(module: nn.Module) -> None:

@@ -39,6 +39,7 @@ class Promise:
         dtypes, shapes: by name of parameter or buffer.
         ties: names that are one parameter.
         random: names of parameters whose values were drawn one by one, so that no two parts are equal.
+        loaded: names of those that are tensors of a file.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Promise:
     shapes: Mapping[str, tuple[int, ...]]
     ties: Sequence[Sequence[str]]
     random: frozenset[str]
+    loaded: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, module: nn.Module, births: Births) -> "Promise":
@@ -57,6 +59,7 @@ class Promise:
             shapes={name: tuple(tensor.shape) for name, tensor in named_tensors(module) if not is_lazy(tensor)},
             ties=ties_of(module),
             random=births.random_names(),
+            loaded=births.loaded_names(),
         )
 
 
@@ -111,19 +114,22 @@ def of_all(told: Sequence[tuple[bytes, Sequence[str]]]) -> list[str]:
     return [f"{finding} (rank {rank})" for finding, rank in first.items()]
 
 
-def look(parts: Parts, promise: Promise) -> Tensor:
+def look(parts: Parts, promise: Promise, at_birth: bool = False) -> Tensor:
     """Look at this rank's parts: two passes over memory.
 
     Args:
         parts: of every tensor.
         promise: what the module was.
+        at_birth: leave out the values of what was cut by a library and has just been read from a file.
 
     Returns:
         int64 of shape ``(names, 3)``: which part, digest of the bytes, flags. The same names in the same order on every
         rank, see :func:`names_digest`.
     """
     rows = [
-        _look(tensor.detach(), where, promise.shapes.get(name), name in promise.random)
+        (_short(repr(where)), 0, 0)
+        if at_birth and where is not None and name in promise.loaded and not tensor.is_meta
+        else _look(tensor.detach(), where, promise.shapes.get(name), name in promise.random)
         for name, (tensor, where) in parts.items()
     ]
     return torch.tensor(rows, dtype=torch.int64).view(len(rows), _COLUMNS)

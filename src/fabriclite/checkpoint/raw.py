@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fabriclite import module_state
+from fabriclite import _torch, module_state
 from fabriclite.checkpoint import disk, place, sums
 from fabriclite.checkpoint.parts import LooseModulePart, ModulePart, Part
 from fabriclite.checkpoint.read.source import open_checkpoint, open_state
@@ -98,15 +98,17 @@ def _matched(
     expected = {name: value for name, value in own.items() if name not in covered}
     module_state.check_fits(expected, state, strict)
     values = {name: value for name, value in state.items() if name in own}
+    with _torch.raw():
+        converted = {
+            name: value.dtype
+            for name, value in values.items()
+            if isinstance(value, Stored) and isinstance(own[name], Tensor) and value.dtype != own[name].dtype
+        }
     report = LoadReport(
         loaded=tuple(name for name in own if name in values or name in covered),
         initialized=tuple(name for name in own if name not in values and name not in covered),
         ignored=tuple(name for name in state if name not in own),
-        converted={
-            name: value.dtype
-            for name, value in values.items()
-            if isinstance(value, Stored) and isinstance(own[name], Tensor) and value.dtype != own[name].dtype
-        },
+        converted=converted,
     )
     return values, report
 
