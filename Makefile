@@ -13,6 +13,8 @@ PRECISION ?= 32-true
 DATA ?=
 ZOO_JOBS ?= 2
 ZOO_ALL ?=
+# make test FULL=1: births in every size of world, five minutes more
+export FULL ?=
 OUT ?= runs/gpt-$(STRATEGY)-$(PRECISION)-$(DEVICES)
 
 VENV := .venv

@@ -9,6 +9,7 @@ import copy
 import gc
 import io
 import json
+import os
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping
@@ -32,13 +33,16 @@ from snapshots import differences, moved, rng_states, snapshot
 from worlds import STRATEGIES
 
 SEED = 5
-WORLDS: Final = {
+ALL_WORLDS: Final = {
     "single_device": (1,),
     "ddp": (1, 2, 3),
     "fsdp": (1, 2, 3),
     "tp_only": (1, 2, 3),
     "zero3": (1, 2, 3),
 }
+FEW_WORLDS: Final = {"single_device": (1,), "ddp": (2,), "fsdp": (2, 3), "tp_only": (2,), "zero3": (3,)}
+WORLDS: Final = ALL_WORLDS if os.environ.get("FULL") else FEW_WORLDS
+"""``make test FULL=1`` asks all of them: 30 s each."""
 UNSHARDED: Final = ("single_device", "ddp")
 """Where tensors stay the user's own objects: classes, strides, shared memory and marks must be eager's too."""
 EXCEPT: Final[Mapping[tuple[str, str], str]] = {
@@ -417,7 +421,7 @@ SUITES: Final[dict[str, dict[str, tuple[Callable[[], nn.Module], Between]]]] = {
 
 def worlds_of(strategy: str, empty_init: bool | None) -> tuple[int, ...]:
     """All of the strategy's; for ``None``, which promises what ``True`` does, one where something is shared out."""
-    return WORLDS[strategy] if empty_init else WORLDS[strategy][:2][-1:]
+    return WORLDS[strategy] if empty_init else ALL_WORLDS[strategy][:2][-1:]
 
 
 @pytest.mark.parametrize("empty_init", [None, True])
