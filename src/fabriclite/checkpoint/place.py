@@ -52,8 +52,8 @@ def prepare(path: Path, linked: bool = False) -> None:
         PermissionError: the older checkpoint could not be removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Of what has no `latest` and no `keep_last`, names alike may be those of other runs, which are writing now.
-    for name in [path.name, *([LATEST, *(other.name for other in series(path))] if linked else [])]:
+    # Without `keep_last` it is no series: names alike may be those of other runs, which are writing now.
+    for name in [path.name, LATEST, *(other.name for other in series(path) if linked)]:
         _tidy(path.with_name(name))
     check_replaceable(path)
     _check_removable(path)

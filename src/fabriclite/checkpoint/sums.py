@@ -8,7 +8,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -51,11 +51,31 @@ class Summing(io.RawIOBase):
         self._done = done
         self._size = 0
         self._blocks: list[int] = []
+        self._helper = ThreadPoolExecutor(1)
 
     @override
     def write(self, data: Buffer, /) -> int:
         view = memoryview(data).cast("B")
-        rest = view
+        summed = self._beside(view) if len(view) >= _AT_ONCE else None
+        if summed is None:
+            self._sum(view)
+        try:
+            written = 0
+            while written < len(view):  # an unbuffered file may take less than it was given
+                written += self._raw.write(view[written:])
+        finally:
+            if summed is not None:
+                summed.result()  # the bytes are the caller's, and gone when this returns
+        return len(view)
+
+    def _beside(self, view: memoryview) -> "Future[None] | None":
+        """Sum up while the bytes are being written: neither holds the interpreter's lock."""
+        try:
+            return self._helper.submit(self._sum, view)
+        except RuntimeError:  # a save that is under way when the interpreter ends may start no thread
+            return None
+
+    def _sum(self, rest: memoryview) -> None:
         while len(rest):
             begun = self._size % BLOCK
             if begun == 0:
@@ -64,10 +84,6 @@ class Summing(io.RawIOBase):
             self._blocks[-1] = zlib.crc32(part, self._blocks[-1])
             self._size += len(part)
             rest = rest[len(part) :]
-        written = 0
-        while written < len(view):  # an unbuffered file may take less than it was given
-            written += self._raw.write(view[written:])
-        return len(view)
 
     @override
     def tell(self) -> int:
@@ -90,6 +106,7 @@ class Summing(io.RawIOBase):
     def close(self) -> None:
         if not self._raw.closed:
             self._raw.close()
+            self._helper.shutdown()
             self._done(FileSum(self._size, tuple(self._blocks)))
         super().close()
 

@@ -101,7 +101,8 @@ def located(path: str | Path) -> Path:
     """
     where = place.found(disk.located(path))
     if not where.exists():
-        raise CheckpointError(f"{path} must be a checkpoint, but does not exist. Pass the path of one.")
+        led = "" if where.name == disk.located(path).name else f" ({path} leads there)"
+        raise CheckpointError(f"{where} must be a checkpoint, but does not exist{led}. Pass the path of one.")
     return where
 
 
