@@ -22,10 +22,11 @@ def verify(strategy: Strategy, engine: nn.Module, promise: "Promise", at_birth: 
 
     parts = strategy.local_parts(engine)
     own = verify.own_findings(promise, parts, verify.ties_of(strategy.user_module(engine)))
-    told = collectives.gather_objects(strategy.world, (verify.names_digest(parts), own))
-    found = verify.of_all(told)
-    if len({names for names, _ in told}) == 1:
-        looks = collectives.all_gather(strategy.world, verify.look(parts, promise, at_birth).to(strategy.world.device))
+    told = collectives.gather_objects(strategy.world, (verify.names_digest(parts), own, promise.loaded))
+    found = verify.of_all([(names, findings) for names, findings, _ in told])
+    if len({names for names, _, _ in told}) == 1:
+        just_read = at_birth and len({loaded for _, _, loaded in told}) == 1
+        looks = collectives.all_gather(strategy.world, verify.look(parts, promise, just_read).to(strategy.world.device))
         found += verify.findings(promise, list(parts), looks, at_birth)
     if found:
         raise MaterializeError(

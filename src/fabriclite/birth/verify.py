@@ -114,13 +114,13 @@ def of_all(told: Sequence[tuple[bytes, Sequence[str]]]) -> list[str]:
     return [f"{finding} (rank {rank})" for finding, rank in first.items()]
 
 
-def look(parts: Parts, promise: Promise, at_birth: bool = False) -> Tensor:
+def look(parts: Parts, promise: Promise, just_read: bool = False) -> Tensor:
     """Look at this rank's parts: two passes over memory.
 
     Args:
         parts: of every tensor.
         promise: what the module was.
-        at_birth: leave out the values of what was cut by a library and has just been read from a file.
+        just_read: all ranks loaded the same names a moment ago: leave out the values of those that a library cut.
 
     Returns:
         int64 of shape ``(names, 3)``: which part, digest of the bytes, flags. The same names in the same order on every
@@ -128,7 +128,7 @@ def look(parts: Parts, promise: Promise, at_birth: bool = False) -> Tensor:
     """
     rows = [
         (_short(repr(where)), 0, 0)
-        if at_birth and where is not None and name in promise.loaded and not tensor.is_meta
+        if just_read and where is not None and name in promise.loaded and not tensor.is_meta
         else _look(tensor.detach(), where, promise.shapes.get(name), name in promise.random)
         for name, (tensor, where) in parts.items()
     ]
