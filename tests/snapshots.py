@@ -107,7 +107,8 @@ def _held(role: str, tensor: Tensor, value: Tensor) -> Held:
         is_parameter=isinstance(tensor, nn.Parameter),
         value=value,
         has_memory=_has_memory(tensor),
-        stride=tuple(tensor.stride()),
+        # Nothing lies behind the only element of a dimension: torch's own kernels disagree on the stride of such a one.
+        stride=tuple(1 if length == 1 else step for length, step in zip(tensor.shape, tensor.stride(), strict=True)),
         requires_grad=tensor.requires_grad if tensor.is_leaf else None,
         marks=dict(vars(tensor)),
     )

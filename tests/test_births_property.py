@@ -281,6 +281,7 @@ programs = st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 11)
 )
 @given(steps=programs, number=st.integers(0, 2**31))
 @example(steps=[("make", 0, 1), ("fill", 1, 0), ("make", 0, 5), ("make", 0, 2)], number=3)  # an odd count, twice
+@example(steps=[("again", 0, 0), ("generators", 0, 2), ("view", 2, 3), ("derive", 3, 11)], number=0)  # one element
 @example(steps=[("view", 0, 6), ("fill", 1, 0), ("look", 0, 0)], number=3)  # a transposed fill, read by its base
 @example(steps=[("fill", 0, 2), ("generators", 5, 0), ("make", 0, 3)], number=3)  # seeded between two draws
 def test_a_recorded_program_leaves_what_a_plain_one_leaves(steps: list[Step], number: int) -> None:

@@ -18,7 +18,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -574,16 +574,25 @@ SMALL, LARGE = 4000, 12000
 """Bytes that a file may have: too few for any shard, or for all but ``meta.pt`` with the states of generators."""
 
 
-def limit(size: int) -> None:
-    """What python gets instead of more bytes is an ``OSError``, as from a full disk: it ignores the signal."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+@contextmanager
+def limited(size: int) -> Iterator[None]:
+    """What python gets instead of more bytes is an ``OSError``, as from a full disk: it ignores the signal.
+
+    It ends before the process does, which may have files of its own to write then (coverage).
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def save_without_room(run: Path, form: str, size: int, asynchronous: bool) -> list[str | None]:
     fabric = alone()
     objects = to_save(fabric, 3, form)
-    limit(size)
-    said = told(fabric, lambda: save_and_wait(fabric, run / "step-2", objects, form, asynchronous))
+    with limited(size):
+        said = told(fabric, lambda: save_and_wait(fabric, run / "step-2", objects, form, asynchronous))
     return [*said, *told(fabric, lambda: fabric.load(run / "step-2"))]
 
 
@@ -617,9 +626,8 @@ def test_no_room_for_an_export(nursery: Nursery, tmp_path: Path) -> None:
 
 def save_on_ranks_without_room(fabric: Fabric, run: Path, rank: int, size: int, asynchronous: bool) -> list[Any]:
     objects = state(fabric, 3)
-    if fabric.global_rank == rank:
-        limit(size)
-    return told(fabric, lambda: save_and_wait(fabric, run / "step-2", objects, None, asynchronous))
+    with limited(size) if fabric.global_rank == rank else nullcontext():
+        return told(fabric, lambda: save_and_wait(fabric, run / "step-2", objects, None, asynchronous))
 
 
 @pytest.mark.parametrize(
@@ -645,11 +653,10 @@ def tell_later(run: Path, call: str) -> tuple[list[str | None], list[str | None]
     """An asynchronous save that fails, told by the next call; and that call again."""
     fabric = alone()
     objects = state(fabric, 3)
-    limit(SMALL)
-    fabric.save(run / "step-2", objects, asynchronous=True)
     calls = {"load": lambda: fabric.load(run / "step-2"), "save": lambda: fabric.save(run / "step-2", {"step": 9})}
-    first = told(fabric, calls[call])
-    limit(resource.RLIM_INFINITY)
+    with limited(SMALL):
+        fabric.save(run / "step-2", objects, asynchronous=True)
+        first = told(fabric, calls[call])
     return first, told(fabric, calls["load"])
 
 
@@ -725,14 +732,18 @@ def as_nobody(act: str, run: Path, form: str | None = None) -> list[str | None]:
     fabric = alone()
     objects = state(fabric, 3)
     before = values(objects)
-    if os.geteuid() == 0:
+    user = os.geteuid()
+    if user == 0:
         os.seteuid(NOBODY)
-    if act == "load":
-        said = told(fabric, lambda: fabric.load(run / "step-2", objects))
-    else:
-        keep = 1 if act == "keep one" else None
-        name = "step-3" if keep else "step-2"
-        said = told(fabric, lambda: fabric.save(run / name, objects, format=form and FORMS[form], keep_last=keep))
+    try:
+        if act == "load":
+            said = told(fabric, lambda: fabric.load(run / "step-2", objects))
+        else:
+            keep = 1 if act == "keep one" else None
+            name = "step-3" if keep else "step-2"
+            said = told(fabric, lambda: fabric.save(run / name, objects, format=form and FORMS[form], keep_last=keep))
+    finally:
+        os.seteuid(user)  # the process may have files of its own to write when it ends (coverage)
     assert same(values(objects), before)
     return said
 

@@ -2,6 +2,8 @@
 
 import json
 import threading
+import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -124,6 +126,18 @@ def test_what_goes_wrong_beside_is_told_once(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(CheckpointError, match=r"asynchronous save of .*c failed"):
         handle.wait(60)
     handle.wait(60)  # told once
+
+
+def test_the_copy_goes_when_it_is_written(tmp_path: Path) -> None:
+    class Held: ...
+
+    held = Held()
+    gone = weakref.ref(held)
+    handle = SaveHandle(tmp_path / "c", partial(id, held))
+    del held
+    handle._thread.join(60)
+    assert gone() is None, "before anybody waits for it"
+    handle.wait(60)
 
 
 def test_waiting_has_an_end(tmp_path: Path) -> None:

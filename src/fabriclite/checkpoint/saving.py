@@ -23,7 +23,7 @@ class SaveHandle:
 
     def __init__(self, path: Path, work: Callable[[], None]) -> None:
         self.path = path
-        self._work = work
+        self._work: Callable[[], None] | None = work
         self._error: BaseException | None = None
         self._raised = False
         _UNDER_WAY.add(self)
@@ -32,8 +32,10 @@ class SaveHandle:
         self._thread.start()
 
     def _run(self) -> None:
+        work, self._work = self._work, None  # it holds the copy, which is to go when this returns
+        assert work is not None  # a thread runs once
         try:
-            self._work()
+            work()
         except BaseException as error:
             self._error = error
             atexit.register(self._at_exit)  # a script may end without another call that could tell
