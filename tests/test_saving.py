@@ -331,6 +331,29 @@ def test_two_ranks_through_fsspec(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
 
+@pytest.mark.parametrize("format", ["folder", "file", "safetensors"])
+def test_threads_share_the_reading(format: Any, tmp_path: Path) -> None:
+    fabric = alone()
+    torch.manual_seed(0)
+    module = nn.Sequential(*(nn.Linear(64, 64) for _ in range(20)))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    fabric.save(tmp_path / "c", {"model": module}, format=format)
+    torch.set_num_threads(3)
+    try:
+        for param in module.parameters():
+            nn.init.zeros_(param)
+        if format == "safetensors":
+            fabric.load_raw(tmp_path / "c", module)
+        else:
+            fabric.load(tmp_path / "c", {"model": module})
+        assert same(before, dict(module.state_dict()))
+        (tmp_path / "c").rename(tmp_path / "d")
+        with pytest.raises(CheckpointError, match="does not exist"):
+            fabric.load_raw(tmp_path / "c", module)
+    finally:
+        torch.set_num_threads(1)
+
+
 # -- into a model that is not set up yet ------------------------------------------------------------------------------
 
 

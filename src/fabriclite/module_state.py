@@ -1,6 +1,7 @@
 """A module's state: whether one fits it, and how it is put back. The module may be sharded, recorded, or neither."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -23,25 +24,48 @@ def load_into(module: nn.Module, state: Mapping[str, Any]) -> None:
         state: checked by :func:`check_fits`; tensors are whole, sharded alike, or in a file.
     """
     own = module.state_dict()
+    reads: list[tuple[Tensor, Stored]] = []
     for name, value in state.items():
         if name not in own:
             continue
         if shards.is_extra(name):
             module.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
+        elif isinstance(own[name], Tensor) and isinstance(value, Stored):
+            if not _noted(own[name], value):
+                reads.append((own[name], value))
         elif isinstance(own[name], Tensor):
-            put(own[name], value)
+            shards.write(own[name], value)
+    _read_all(reads)
 
 
-@torch.no_grad()
 def put(target: Tensor, value: Tensor | Stored) -> None:
     """Give ``target`` the values of ``value``, of the same shape."""
+    if not isinstance(value, Stored) or not _noted(target, value):
+        shards.write(target, value)
+
+
+def _noted(target: Tensor, value: Stored) -> bool:
+    """Whether ``target`` was recorded; then it is noted where its values lie."""
     recording = session.current()
-    if recording is not None and isinstance(value, Stored):
-        with _torch.raw():
-            if recording.knows(target):
-                recording.load(target, value)
-                return
-    shards.write(target, value)
+    if recording is None:
+        return False
+    with _torch.raw():
+        if not recording.knows(target):
+            return False
+        recording.load(target, value)
+        return True
+
+
+def _read_all(reads: Sequence[tuple[Tensor, Stored]]) -> None:
+    """Read into memory that is there, with as many threads as torch computes with."""
+    threads = min(torch.get_num_threads(), len(reads))
+    if threads < 2 or torch.is_inference_mode_enabled():  # which other threads would not be in
+        for target, value in reads:
+            shards.write(target, value)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(shards.write, target, value) for target, value in reads]:
+            done.result()
 
 
 def check_fits(own: Mapping[str, Any], state: Mapping[str, Any], strict: bool) -> None:
