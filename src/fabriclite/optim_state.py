@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from fabriclite.errors import CheckpointError, SetupOrderError
 from fabriclite.optim import params_of
-from fabriclite.shards import full, write
+from fabriclite.shards import write
 from fabriclite.stored import Stored
 
 MASTER: Final = "fp32_master"
@@ -172,26 +172,6 @@ def check_moments(
                     f"{key} of {name} must have the parameter's shape {tuple(shapes[name])}, but has"
                     f" {tuple(values[key].shape)} in the checkpoint. Build the model with the sizes it was saved with."
                 )
-
-
-def full_state(named: Mapping[str, Any], keep: bool) -> dict[str, Any]:
-    """The same with whole tensors on the host, copies of their own. Every rank must call this.
-
-    Args:
-        named: what :func:`named_state` gave.
-        keep: whether this rank needs the result; else it only takes part, and has no tensors.
-    """
-
-    def whole(value: Any) -> Any:
-        gathered = full(value)
-        if not isinstance(gathered, Tensor):
-            return gathered
-        return gathered.detach().to("cpu", copy=True) if keep else None
-
-    out = {key: value for key, value in named.items() if key != "state"}
-    if "state" in named:
-        out["state"] = {name: {k: whole(v) for k, v in values.items()} for name, values in named["state"].items()}
-    return out
 
 
 def _own(key: str, value: Any, param: Tensor, group: Mapping[str, Any], dtype: torch.dtype | None) -> Any:
