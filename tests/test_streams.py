@@ -50,6 +50,10 @@ def seek_from(state: Tensor) -> draws.Seek:
     return lambda place, _: torch.Generator().set_state(advanced(state, place))
 
 
+def _keeps_none() -> bool:
+    return False
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
@@ -108,7 +112,7 @@ def test_a_fill_draws_what_is_counted(name: str, dtype: torch.dtype, keeps: bool
         generator = generator_at(n, 7, keeps)
         before = generator.get_state()
         out = COUNTED[name](n, dtype, generator)
-        count = draws.count(name, "default", out, (), keeps)
+        count = draws.count(name, "default", out, (), lambda: keeps)
         after = generator.get_state()
         if count is None:
             assert draws.kind_of(name) == "normal", "uniforms are always known"
@@ -138,7 +142,7 @@ def test_other_layouts_draw_what_is_counted(
         before = generator.get_state()
         out = layout(n, dtype)
         getattr(out, name)(generator=generator)
-        count = draws.count(name, "default", out, (), keeps_a_normal=False)
+        count = draws.count(name, "default", out, (), keeps_a_normal=_keeps_none)
         if count is not None:
             known += 1
             assert torch.equal(generator.get_state(), advanced(before, count)), n
@@ -163,9 +167,9 @@ def test_whole_numbers_draw_what_is_counted(seed: int, n: int, low: int, span: i
         generator = torch.Generator().manual_seed(seed)
         before = generator.get_state()
         out = torch.randint(begin, end, (n,), dtype=dtype, generator=generator)
-        counts = {draws.count("randint", "low", out, (begin, end, (n,)), False)}
+        counts = {draws.count("randint", "low", out, (begin, end, (n,)), _keeps_none)}
         if begin == 0:
-            counts.add(draws.count("randint", "default", out, (end, (n,)), False))
+            counts.add(draws.count("randint", "default", out, (end, (n,)), _keeps_none))
         assert len(counts) == 1
         count = counts.pop()
         if count is None:
@@ -179,15 +183,15 @@ def test_a_shuffle_draws_what_is_counted(n: int) -> None:
     generator = generator_at(n, 11)
     before = generator.get_state()
     out = torch.randperm(n, generator=generator)
-    count = draws.count("randperm", "default", out, (n,), False)
+    count = draws.count("randperm", "default", out, (n,), _keeps_none)
     assert count is not None
     assert torch.equal(generator.get_state(), advanced(before, count))
 
 
 def test_what_is_not_in_the_table_is_unknown() -> None:
     out = torch.empty(64)
-    assert draws.count("exponential_", "default", out, (), False) is None
-    assert draws.count("randint", "generator", out, (5, (64,)), False) is None
+    assert draws.count("exponential_", "default", out, (), _keeps_none) is None
+    assert draws.count("randint", "generator", out, (5, (64,)), _keeps_none) is None
 
 
 # -- a part of a fill --------------------------------------------------------------------------------------------------
@@ -342,7 +346,7 @@ def test_a_stream_knows_its_place(lazy: bool) -> None:
                 act(stream, plain, action)
                 continue
             before = plain.get_state()
-            assert stream.keeps_a_normal is keeps_a_normal(before)
+            assert stream.keeps_a_normal() is keeps_a_normal(before)
             at = stream.draw(action[1])
             assert at.count == action[1]
             noted.append((at, before))

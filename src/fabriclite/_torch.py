@@ -6,7 +6,7 @@ Each was read in torch 2.11 and 2.13. Nothing else in the package touches an und
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -220,14 +220,12 @@ def version(tensor: Tensor) -> int:
     return int(tensor._version)
 
 
-@contextmanager
-def raw() -> Iterator[None]:
+def raw() -> AbstractContextManager[None]:
     """Within it, attributes of tensors are what torch says, not what a function mode answers: ``DisableTorchFunction``.
 
     The public ``DisableTorchFunctionSubclass`` leaves modes on.
     """
-    with torch._C.DisableTorchFunction():
-        yield
+    return torch._C.DisableTorchFunction()
 
 
 @contextmanager
@@ -237,12 +235,15 @@ def no_modes() -> Iterator[None]:
     ``torch.utils._python_dispatch._disable_current_modes`` does the same for dispatch modes, and imports
     ``torch._dynamo`` (1 s) to do it.
     """
-    taken = _take_modes()
-    try:
-        with torch._C.DisableTorchFunction():
+    with torch._C.DisableTorchFunction():
+        if not torch._C._len_torch_dispatch_stack() and not torch._C._len_torch_function_stack():
             yield
-    finally:
-        _put_modes(*taken)
+            return
+        taken = _take_modes()
+        try:
+            yield
+        finally:
+            _put_modes(*taken)
 
 
 def put_below(dispatch: DispatchMode, function: TorchFunctionMode) -> None:

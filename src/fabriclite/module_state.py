@@ -23,7 +23,7 @@ def load_into(module: nn.Module, state: Mapping[str, Any]) -> None:
         module: any.
         state: checked by :func:`check_fits`; tensors are whole, sharded alike, or in a file.
     """
-    own = module.state_dict()
+    own = module.state_dict(keep_vars=True)
     reads: list[tuple[Tensor, Stored]] = []
     for name, value in state.items():
         if name not in own:

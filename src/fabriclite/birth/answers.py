@@ -25,6 +25,11 @@ _VALUES: Final = frozenset(
     | {Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.__complex__}
     | {Tensor.__format__, Tensor.__contains__, Tensor.__repr__}
 )
+_QUESTIONS: Final = frozenset(
+    {*_WHERE, *_VALUES, Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.__getitem__, Tensor.__setitem__, Tensor.new_tensor}
+    | {Tensor.new, Tensor.untyped_storage, Tensor.data_ptr, Tensor.__deepcopy__}
+)
+"""What is answered here for recorded tensors; torch does all the rest."""
 _SET_DATA: Final = Tensor.data.__set__  # type: ignore[attr-defined]
 _UNBUILT: Final = (nn.UninitializedParameter, nn.UninitializedBuffer)
 
@@ -58,30 +63,35 @@ class Answers(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        first = args[0] if args else None
-        if func == _SET_DATA and self._recording.knows(first) != self._recording.knows(args[1]):
+        if func in _QUESTIONS:
+            first = args[0] if args else None
+            if isinstance(first, Tensor) and not isinstance(first, _UNBUILT) and self._recording.knows(first):
+                answer = self._of(first, func, args, kwargs)
+                if answer is not NotImplemented:
+                    return self._handed_out(answer)
+        elif func == _SET_DATA and self._recording.knows(args[0]) != self._recording.knows(args[1]):
             # a recorded tensor gets real memory, or an empty one, which is real, a recorded content
             return _torch.become(args[0], args[1])
-        if isinstance(first, Tensor) and not isinstance(first, _UNBUILT) and self._recording.knows(first):
-            answer = self._of(first, func, args, kwargs)
-            if answer is not NotImplemented:
-                return self._handed_out(answer)
+        result = self._with_device(func, args, kwargs) if "device" in kwargs else self._call(func, args, kwargs)
+        if not self._recorder.makes:
+            self._refuse_computing(func, args, kwargs, result)
+        return self._handed_out(result)
+
+    def _with_device(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run it where the user's code names a device, maybe the meta device."""
         if self._recording.knows(kwargs.get("out")):
             kwargs = {name: value for name, value in kwargs.items() if name != "device"}  # it would have to be meta
         meant, wanted = self._recorder.meta_is_meant, kwargs.get("device")
         self._recorder.meta_is_meant = meant or (wanted is not None and torch.device(wanted).type == "meta")
         try:
-            result = self._call(func, args, kwargs)
+            return self._call(func, args, kwargs)
         finally:
             self._recorder.meta_is_meant = meant
-        if not self._recorder.makes:
-            self._refuse_computing(func, args, kwargs, result)
-        return self._handed_out(result)
 
     def _handed_out(self, result: Any) -> Any:
         """Note that user code holds it now, maybe beside the module."""
-        if isinstance(result, Tensor) and self._recording.knows(result):
-            self._recording.saw(result)
+        if isinstance(result, Tensor) and (number := self._recording.number(result)) is not None:
+            self._recording.saw(number, result)
         return result
 
     def _of(self, tensor: Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -36,7 +36,9 @@ def kind_of(name: str) -> Kind | None:
     return _KINDS.get(name)
 
 
-def count(name: str, overload: str, out: Tensor, args: tuple[Any, ...], keeps_a_normal: bool) -> int | None:
+def count(
+    name: str, overload: str, out: Tensor, args: tuple[Any, ...], keeps_a_normal: Callable[[], bool]
+) -> int | None:
     """32-bit numbers that a CPU operation draws; ``None`` if unknown.
 
     Args:
@@ -55,7 +57,7 @@ def count(name: str, overload: str, out: Tensor, args: tuple[Any, ...], keeps_a_
     return None
 
 
-def _count(kind: Kind, out: Tensor, keeps_a_normal: bool) -> int | None:
+def _count(kind: Kind, out: Tensor, keeps_a_normal: Callable[[], bool]) -> int | None:
     n, dtype = out.numel(), out.dtype
     if (kind, dtype) not in trusted():
         return None
@@ -64,7 +66,7 @@ def _count(kind: Kind, out: Tensor, keeps_a_normal: bool) -> int | None:
     if n >= _BLOCK and out.is_contiguous():
         return normal_count(n, dtype)
     # One by one in pairs, the second of a pair kept for the next draw.
-    return 2 * n if n % 2 == 0 and not keeps_a_normal else None
+    return 2 * n if n % 2 == 0 and not keeps_a_normal() else None
 
 
 def normal_count(n: int, dtype: torch.dtype) -> int:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Final
 
 import torch
@@ -57,6 +56,7 @@ class Facts:
         reshapes: whether it changes shape or place of its argument, and no value.
         random: whether it draws.
         into_out: whether it writes what was passed as ``out``, and does not read it.
+        takes_device: whether it makes tensors on a device that may be named.
     """
 
     name: str
@@ -67,6 +67,7 @@ class Facts:
     reshapes: bool
     random: bool
     into_out: bool = False
+    takes_device: bool = False
 
     def has(self, argument: str) -> bool:
         return argument in self.arguments
@@ -87,24 +88,36 @@ class Macro:
         return self.run(*args, **kwargs)
 
 
-@cache
+_KNOWN: Final[dict[int, tuple[Any, Facts]]] = {}
+"""By ``id``, which the function beside it keeps from being used again: ``OpOverload`` has its hash in Python."""
+
+
 def of(func: Any) -> Facts:
     """Facts of an ``OpOverload`` or a :class:`Macro`."""
+    known = _KNOWN.get(id(func))
+    if known is None:
+        known = _KNOWN[id(func)] = (func, _learned(func))
+    return known[1]
+
+
+def _learned(func: Any) -> Facts:
     if isinstance(func, Macro):
         return Facts(func.name, "default", ("tensor",), (0,), views=False, reshapes=False, random=True)
     schema = func._schema
     written = tuple(i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
     aliases = any(a.alias_info is not None and not a.alias_info.is_write for a in schema.arguments)
     name = schema.name.split("::")[1]
+    arguments = tuple(a.name for a in schema.arguments)
     return Facts(
         name=name,
         overload=schema.overload_name or "default",
-        arguments=tuple(a.name for a in schema.arguments),
+        arguments=arguments,
         written=written,
         views=aliases and not written,
         reshapes=torch.Tag.inplace_view in func.tags and name not in ("resize_", "resize_as_"),
         random=torch.Tag.nondeterministic_seeded in func.tags,
         into_out=any(schema.arguments[i].is_out for i in written),
+        takes_device="device" in arguments,
     )
 
 

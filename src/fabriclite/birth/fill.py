@@ -112,14 +112,14 @@ def _mapped(tape: Tape, whole: Whole) -> UntypedStorage | None:
 
 def loaded(tape: Tape, ref: Ref) -> Stored | None:
     """The tensor of a file that the one at ``ref`` is, with nothing else done to it."""
-    ops = tape.needed([ref.storage])
-    if len(ops) != 1 or len(ops[0].args) < 2 or not isinstance(ops[0].args[1], Stored):
+    last = tape.ops[tape.last_op(ref.storage)] if tape.last_op(ref.storage) >= 0 else None
+    if last is None or not last.overwrites or len(last.args) < 2 or not isinstance(last.args[1], Stored):
         return None
-    target: Ref = ops[0].args[0]
+    stored, target = last.args[1], last.args[0]
     if len(ref.size) != 1 and ref.size != target.size:
         return None
     same = (target.offset, target.numel, target.dtype) == (ref.offset, ref.numel, ref.dtype)
-    return ops[0].args[1] if same and target.contiguous and ref.contiguous else None
+    return stored if same and target.contiguous and ref.contiguous else None
 
 
 def _recipe_of_whole(tape: Tape, whole: Whole) -> Recipe | None:

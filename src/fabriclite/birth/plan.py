@@ -1,7 +1,7 @@
 """The plan of a birth is a value; one context manager enters it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 
@@ -45,8 +45,13 @@ class InitPlan:
 def enter(plan: InitPlan) -> Iterator[None]:
     """Enter ``plan``. Nothing happens before ``with``; everything is undone after it, also on an error."""
     record = session.recording(plan.device) if plan.birth is Birth.RECORDED else session.making()
-    with default_dtype(plan.dtype), record, plan.device:
+    with default_dtype(plan.dtype), record, _by_default_on(plan.device):
         yield
+
+
+def _by_default_on(device: torch.device) -> AbstractContextManager[object]:
+    """Torch's own context, unless it changes nothing: in Python it looks at every call."""
+    return nullcontext() if torch.get_default_device() == device else device
 
 
 @contextmanager

@@ -36,7 +36,7 @@ class Recording:
     # -- which tensors -------------------------------------------------------------
     def number(self, tensor: Tensor) -> int | None:
         """The number of its storage, if it is recorded. Call where no function mode answers for torch."""
-        if tensor.device.type != "meta" or tensor.is_sparse:
+        if not tensor.is_meta or tensor.is_sparse:
             return None
         return self._numbers.get(_torch.storage_key(tensor))
 
@@ -51,7 +51,9 @@ class Recording:
 
     def device(self, tensor: Tensor) -> torch.device:
         """Where it would be."""
-        return self.tape.storages[self.ref(tensor).storage].device
+        number = self.number(tensor)
+        assert number is not None
+        return self.tape.storages[number].device
 
     def enter(self, tensor: Tensor, device: torch.device) -> Ref:
         """Put a new meta tensor's storage on the tape."""
@@ -61,9 +63,11 @@ class Recording:
         self._watched.append(_torch.StorageWeakRef(memory))  # type: ignore[no-untyped-call]
         return Ref.of(storage.index, tensor)
 
-    def saw(self, tensor: Tensor) -> None:
-        """A recorded tensor was handed to user code, which may keep it beside the module."""
-        seen = self._seen.setdefault(self.ref(tensor).storage, [])
+    def saw(self, number: int, tensor: Tensor) -> None:
+        """A tensor of storage ``number`` was handed to user code, which may keep it beside the module."""
+        seen = self._seen.setdefault(number, [])
+        if seen and seen[-1]() is tensor:
+            return
         seen.append(ref(tensor))
         if len(seen) > _MANY:
             seen[:] = [other for other in seen if other() is not None]
@@ -141,6 +145,8 @@ class Recording:
 
     def take_back(self) -> None:
         """Note what was written into arrays that share memory with recorded tensors."""
+        if not self._loans:
+            return
         loans, self._loans = self._loans, []
         for loan in loans:
             if not torch.equal(loan.value, loan.before):

@@ -58,8 +58,9 @@ class Stream:
         self._tickets = Tickets(generator.device)
         self._places: list[tuple[int, int]] = []
         """By number of ticket, the epoch and offset that it stands for."""
-        self._left: Tensor | None = None
-        """What the generator was left with; it stands for the true place if ``_hidden``."""
+        self._left: bytes | None = None
+        """What the generator was left with; it stands for the true place if ``_hidden``. As bytes: they are compared
+        at every draw, and a tensor's take ten times as long."""
         self._hidden = False
         self._epochs: list[tuple[list[int], list[Tensor]]] = []
         self._epoch, self._offset = 0, 0
@@ -74,10 +75,10 @@ class Stream:
             MaterializeError: numbers were drawn from it that nobody saw.
         """
         state = self.generator.get_state()
-        if self._left is not None and torch.equal(state, self._left):
+        if state.numpy().tobytes() == self._left:
             return
         try:
-            ticket = self._tickets.read(state)
+            ticket = self._tickets.read(state, self._hidden)
         except Strayed:
             self._hidden = False
             self._leave(self._here())
@@ -90,7 +91,7 @@ class Stream:
             self._epoch, self._offset = len(self._epochs) - 1, 0
         else:  # saved before, and set again
             self._epoch, self._offset = self._places[ticket]
-        self._hidden, self._left = ticket is not None, state
+        self._hidden, self._left = ticket is not None, state.numpy().tobytes()
 
     def draw(self, count: int) -> At:
         """Note a draw of ``count`` numbers, without drawing."""
@@ -114,14 +115,13 @@ class Stream:
 
     def _leave(self, state: Tensor) -> None:
         self.generator.set_state(state)
-        self._left = state
+        self._left = state.numpy().tobytes()
 
     def held(self) -> Held:
         """Note a draw of unknown length; the caller then draws it for real."""
         self.show()
         return Held(self, self.generator.get_state())
 
-    @property
     def keeps_a_normal(self) -> bool:
         """Whether the next draw of a single normal takes one that was kept."""
         self.look()

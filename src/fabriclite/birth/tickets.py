@@ -29,21 +29,27 @@ class Tickets:
     def __init__(self, device: torch.device) -> None:
         self._cpu = device.type == "cpu"
         self._form = torch.Generator(device).manual_seed(_SEED).get_state()
-        self._last = self._form
+        self._last = self._form.clone()
+        """The last ticket. A new one is written over it: there is one for every draw."""
+        words = self._last.numpy()
+        self._number = words[24:32].view(np.uint64) if self._cpu else words[8:16].view(np.int64)
+        self._like: Tensor | None = None
 
     def issue(self, number: int, like: Tensor) -> Tensor:
-        """A state for ``number``, with the seed of the state ``like``: ``torch.initial_seed()`` still answers."""
-        state = self._form.clone()
-        state[:8] = like[:8]
-        if self._cpu:
-            state.numpy()[24:32].view(np.uint64)[0] = number
-        else:
-            state.numpy()[8:16].view(np.int64)[0] = _FAR + number * _APART
-        self._last = state
-        return state
+        """A state for ``number``, with the seed of the state ``like``: ``torch.initial_seed()`` still answers.
 
-    def read(self, state: Tensor) -> int | None:
+        It holds until the next is issued.
+        """
+        if like is not self._like:
+            self._last[:8] = like[:8]
+            self._like = like
+        self._number[0] = number if self._cpu else _FAR + number * _APART
+        return self._last
+
+    def read(self, state: Tensor, left: bool) -> int | None:
         """The number that ``state`` stands for; ``None`` if it is a generator's own.
+
+        ``left``: whether the generator was left with the last ticket, so that numbers may have been drawn from that.
 
         Raises:
             Strayed: it was a ticket, and was drawn from.
@@ -60,6 +66,6 @@ class Tickets:
             if not torch.equal(state[8:24], self._form[8:24]):
                 raise Strayed
             return int(state.numpy()[24:32].view(np.uint64)[0])
-        if twister.follows(state, self._last, _BLOCKS):
+        if left and twister.follows(state, self._last, _BLOCKS):
             raise Strayed
         return None

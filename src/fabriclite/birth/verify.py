@@ -52,12 +52,13 @@ class Promise:
 
     @classmethod
     def of(cls, module: nn.Module, births: Births) -> "Promise":
+        named = named_tensors(module)
         return cls(
             kind=type(module).__name__,
             statistics=frozenset(_statistics(module)),
-            dtypes={name: tensor.dtype for name, tensor in named_tensors(module)},
-            shapes={name: tuple(tensor.shape) for name, tensor in named_tensors(module) if not is_lazy(tensor)},
-            ties=ties_of(module),
+            dtypes={name: tensor.dtype for name, tensor in named},
+            shapes={name: tuple(tensor.shape) for name, tensor in named if not is_lazy(tensor)},
+            ties=_ties(named),
             random=births.random_names(),
             loaded=births.loaded_names(),
         )
@@ -65,15 +66,19 @@ class Promise:
 
 def _statistics(module: nn.Module) -> Iterator[str]:
     for prefix, sub in module.named_modules(remove_duplicate=False):
-        names = {name for name, _ in sub.named_buffers(recurse=False)}
+        names = {name for name, buffer in sub._buffers.items() if buffer is not None}
         if {"running_mean", "running_var"} <= names:
             yield from (f"{prefix}.{name}" if prefix else name for name in names)
 
 
 def ties_of(module: nn.Module) -> list[list[str]]:
     """Names that are one parameter or buffer."""
+    return _ties(named_tensors(module))
+
+
+def _ties(named: Sequence[tuple[str, Tensor]]) -> list[list[str]]:
     names: dict[int, list[str]] = {}
-    for name, tensor in named_tensors(module):
+    for name, tensor in named:
         names.setdefault(id(tensor), []).append(name)
     return [group for group in names.values() if len(group) > 1]
 

@@ -69,7 +69,7 @@ class LooseModulePart:
         return self.loose.state_dict()
 
     def layout(self) -> dict[str, Any]:
-        return self.loose.state_dict()
+        return self.loose.state_dict(keep_vars=True)  # of what was recorded, detaching is an operation to look at
 
     def module(self) -> nn.Module:
         return self.loose
