@@ -25,9 +25,12 @@ from fabriclite.boxes import Box, all_of, lengths
 from fabriclite.checkpoint import disk, place, sums
 from fabriclite.checkpoint.agree import Crew
 from fabriclite.checkpoint.parts import LooseModulePart, ModulePart, OptimizerPart, Part, taken, whole
-from fabriclite.checkpoint.sums import FileSum, Summing
-from fabriclite.checkpoint.write.file import save_into
+from fabriclite.checkpoint.sums import FileSum
+from fabriclite.checkpoint.write import recast
+from fabriclite.checkpoint.write.stream import Stream
+from fabriclite.checkpoint.write.torch_writer import Done, TorchFile
 from fabriclite.collectives import gather_objects
+from fabriclite.stored import InMemory
 from fabriclite.stretch import Stretch
 from fabriclite.world import World
 
@@ -87,7 +90,7 @@ class FolderContent:
 
         def finish() -> None:
             files = {name: file for of_one in told for name, file in of_one.items()}
-            write_rest(lambda file: save_into(file, dict(self.rest)), files, path)
+            write_rest(TorchFile(self.rest), files, path)
 
         crew.on_rank_zero(finish, f"write the checkpoint {path}")
 
@@ -159,7 +162,7 @@ def write_shards(shards: Sequence[Shard], path: Path, crew: Crew) -> dict[str, F
         Size and checksums of the files that this rank wrote.
     """
     files = _Files()
-    writer = _Writer("", sync_files=disk.is_local(path))
+    writer = _Writer("", sync_files=False)  # our files are on the disk when they are closed
     writer.fs, writer.path = cast(FileSystem, files), path
     alone = crew.world.size == 1
     with warnings.catch_warnings():
@@ -168,14 +171,12 @@ def write_shards(shards: Sequence[Shard], path: Path, crew: Crew) -> dict[str, F
     return {name.removesuffix(".tmp"): file for name, file in files.written.items()}
 
 
-def write_rest(write: Callable[[Any], None], files: Mapping[str, FileSum], path: Path) -> None:
-    """Have ``write`` write what is no shard, and list the checksums; have all on the disk, and look at it again."""
+def write_rest(rest: TorchFile, files: Mapping[str, FileSum], path: Path, done: Done | None = None) -> None:
+    """Write what is no shard, and list the checksums; have all on the disk, and look at it again."""
     out = _Files()
     with out.create_stream(path / place.META, "wb") as file:
-        write(file)
-    disk.sync(path / place.META)
-    files = {**files, **out.written}
-    (path / sums.SUMS).write_bytes(sums.dump(files))
+        rest.write(file, done)
+    (path / sums.SUMS).write_bytes(sums.dump({**files, **out.written}))
     disk.sync(path / sums.SUMS)
     disk.sync(path)
     sums.check_sizes(path, sums.listed(path) or {})
@@ -193,13 +194,13 @@ class _Writer(FileSystemWriter):
         name = f"{plan.storage_data.prefix}0.distcp"
         path = cast(Path, self.path) / name
         results = []
-        with self.fs.create_stream(path, "wb") as file:
+        with self.fs.create_stream(path, "wb") as stream:
+            file = cast(Stream, stream)
             for item in plan.items:
                 start = file.tell()
-                save_into(file, planner.resolve_data(item))
+                values = InMemory(cast(Tensor, planner.resolve_data(item)))
+                TorchFile(recast.Cast(values, values.dtype)).write(file)  # not all that a view looks into
                 results.append(_torch.shard_written(item.index, name, start, file.tell() - start))
-        if self.sync_files:
-            disk.sync(path)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
@@ -217,13 +218,8 @@ class _Files(FileSystemBase):
         def note(file: FileSum) -> None:
             self.written[path.name] = file
 
-        with path.open(mode) as raw:
-            if "w" not in mode:
-                yield raw
-                return
-            summing = Summing(raw, note)
-            yield summing
-            summing.close()
+        with Stream(path, note) as file:  # `mode`: its writer only writes
+            yield file
 
     @override
     def concat_path(self, path: Any, suffix: str) -> Any:
@@ -271,9 +267,7 @@ class _Planner(DefaultSavePlanner):
     @override
     def lookup_object(self, index: MetadataIndex) -> Any:
         assert index.offset is not None
-        values = self._values[index.fqn, tuple(index.offset)]().cpu().contiguous()
-        # of a view torch would save all that it looks into
-        return values.clone() if values.untyped_storage().nbytes() != values.nbytes else values
+        return self._values[index.fqn, tuple(index.offset)]()
 
 
 def _write_item(shard: Shard) -> WriteItem:
