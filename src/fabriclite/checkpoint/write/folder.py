@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from fabriclite import _torch, shards
 from fabriclite.boxes import Box, all_of, lengths
 from fabriclite.checkpoint import disk, place, sums
 from fabriclite.checkpoint.agree import Crew
-from fabriclite.checkpoint.parts import LooseModulePart, ModulePart, OptimizerPart, Part, taken, whole
+from fabriclite.checkpoint.parts import Part, taken, whole
 from fabriclite.checkpoint.sums import FileSum
 from fabriclite.checkpoint.write import recast
 from fabriclite.checkpoint.write.stream import Stream
@@ -33,9 +33,6 @@ from fabriclite.collectives import gather_objects
 from fabriclite.stored import InMemory
 from fabriclite.stretch import Stretch
 from fabriclite.world import World
-
-SMALL: Final = 64
-"""Elements up to which a moment that is not sharded goes to the rest: a step counter takes 1 KB as a shard."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,7 +73,7 @@ class FolderContent:
         mine: list[Shard] = []
         rest: dict[str, Any] = {}
         for key, part in parts.items():
-            tensors, others = _split(part, taken(key, part, filters.get(key)))
+            tensors, others = part.split(taken(key, part, filters.get(key)))
             for name, value in tensors.items():
                 mine += _shards_of(f"{prefix(key)}{name}", value, first, copied)
             rest[key] = whole(others, keep=first, copied=copied)
@@ -98,41 +95,6 @@ class FolderContent:
 def prefix(key: str) -> str:
     """What the names of an entry's tensors begin with. A dot in the key would make two entries' names one."""
     return f"{key.replace('%', '%25').replace('.', '%2E')}."
-
-
-def _split(part: Part, state: Any) -> tuple[dict[str, Tensor | Stretch], Any]:
-    """Tensors that go to the shards, and the rest, which is rank 0's."""
-    if isinstance(part, OptimizerPart):
-        found = {name: t for name, t in _tensors_of(state).items() if not _is_small(t)}
-        return found, _without(state, "", found)
-    if isinstance(part, ModulePart | LooseModulePart) and isinstance(state, Mapping):
-        found = {k: v for k, v in state.items() if isinstance(v, Tensor | Stretch) and not shards.is_extra(k)}
-        return found, {k: v for k, v in state.items() if k not in found}
-    return {}, state
-
-
-def _is_small(value: Tensor | Stretch) -> bool:
-    return isinstance(value, Tensor) and not isinstance(value, DTensor) and value.numel() <= SMALL
-
-
-def _tensors_of(tree: Mapping[str, Any]) -> dict[str, Tensor | Stretch]:
-    """Every tensor in nested mappings under its dotted name."""
-    found: dict[str, Tensor | Stretch] = {}
-    for key, value in tree.items():
-        if isinstance(value, Tensor | Stretch):
-            found[key] = value
-        elif isinstance(value, Mapping):
-            found.update({f"{key}.{name}": tensor for name, tensor in _tensors_of(value).items()})
-    return found
-
-
-def _without(tree: Mapping[str, Any], before: str, names: Mapping[str, Any]) -> dict[str, Any]:
-    """The same tree without the tensors of these dotted names."""
-    return {
-        key: _without(value, f"{before}{key}.", names) if isinstance(value, Mapping) else value
-        for key, value in tree.items()
-        if f"{before}{key}" not in names
-    }
 
 
 def _shards_of(name: str, value: Tensor | Stretch, first: bool, copied: bool) -> Iterator[Shard]:

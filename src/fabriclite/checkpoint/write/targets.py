@@ -14,11 +14,12 @@ from fabriclite import shards
 from fabriclite.boxes import Box, lengths
 from fabriclite.checkpoint.agree import Crew
 from fabriclite.checkpoint.formats import OWN, VERSION
+from fabriclite.checkpoint.parts import SMALL
 from fabriclite.checkpoint.read import kinds
 from fabriclite.checkpoint.read.kinds import Found
 from fabriclite.checkpoint.write import recast
 from fabriclite.checkpoint.write.file import write_file
-from fabriclite.checkpoint.write.folder import SMALL, Shard, prefix, write_rest, write_shards
+from fabriclite.checkpoint.write.folder import Shard, prefix, write_rest, write_shards
 from fabriclite.checkpoint.write.safetensors_writer import Entry, SafetensorsWriter, in_order
 from fabriclite.checkpoint.write.torch_writer import Done, TorchFile
 from fabriclite.errors import CheckpointError, ConfigError
