@@ -29,7 +29,6 @@ from fabriclite.checkpoint.sums import FileSum
 from fabriclite.checkpoint.write import recast
 from fabriclite.checkpoint.write.stream import Stream
 from fabriclite.checkpoint.write.torch_writer import Done, TorchFile
-from fabriclite.collectives import gather_objects
 from fabriclite.stored import InMemory
 from fabriclite.stretch import Stretch
 from fabriclite.world import World
@@ -81,12 +80,10 @@ class FolderContent:
 
     def write(self, crew: Crew, path: Path) -> None:
         """Write the folder, have it on the disk, and look at it again. Every rank must call this."""
-        crew.on_rank_zero(path.mkdir, f"make the folder {path}")
-        written = crew.on_all(lambda: write_shards(self.shards, path, crew), f"write the checkpoint {path}")
-        told = gather_objects(crew.world, written, group=crew.group)
+        written = crew.gathered(lambda: write_shards(self.shards, path, crew), f"write the checkpoint {path}")
 
         def finish() -> None:
-            files = {name: file for of_one in told for name, file in of_one.items()}
+            files = {name: file for of_one in written for name, file in of_one.items()}
             write_rest(TorchFile(self.rest), files, path)
 
         crew.on_rank_zero(finish, f"write the checkpoint {path}")
@@ -118,7 +115,7 @@ def _held(values: Tensor, copied: bool) -> Callable[[], Tensor]:
 
 
 def write_shards(shards: Sequence[Shard], path: Path, crew: Crew) -> dict[str, FileSum]:
-    """Write this rank's shards and, on rank 0, the index of all. Every rank must call this.
+    """Make the folder, and write this rank's shards and, on rank 0, the index of all. Every rank must call this.
 
     Returns:
         Size and checksums of the files that this rank wrote.

@@ -88,7 +88,6 @@ class FolderTarget:
         return self.rest.nbytes + sum(tensor.nbytes for tensor in self.tensors.values())
 
     def write(self, path: Path, done: Done) -> None:
-        path.mkdir()
         found = [shard for name, tensor in self.tensors.items() for shard in _shards_of(name, tensor, done)]
         files = write_shards(found, path, Crew(World()))
         write_rest(self.rest, files, path, done)
