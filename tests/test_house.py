@@ -101,7 +101,6 @@ OWNERS = [
     ("import deepspeed", ("strategies.deepspeed", "strategies._zero", "strategies._zero_state")),
     ("from deepspeed", ("strategies._zero", "strategies._zero_state", "strategies.deepspeed")),
     ("torch.load(", ("checkpoint",)),
-    ("torch.save(", ("checkpoint",)),
     ("init_process_group", ("launch.process_group",)),
     ("partial(fully_shard", ("strategies._fully_shard",)),
     ("MixedPrecisionPolicy(", ("strategies._fully_shard",)),

@@ -1,8 +1,13 @@
 """How a checkpoint is saved: its form, beside the training, in a series, elsewhere; and what it holds."""
 
+import errno
 import json
+import os
+import resource
 import threading
 import weakref
+import zipfile
+import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +21,8 @@ from torch.optim import SGD, AdamW
 from torch.optim.swa_utils import AveragedModel
 
 from fabriclite import CheckpointError, ConfigError, Fabric, Safetensors, SaveHandle
+from fabriclite.checkpoint import sums
+from fabriclite.checkpoint.write import stream
 from fabriclite.shards import full
 from worlds import run
 
@@ -444,6 +451,68 @@ def test_checksums_are_listed(tmp_path: Path) -> None:
     assert sorted(listed["files"]) == [".metadata", "__0_0.distcp", "meta.pt"]
     for name, file in listed["files"].items():
         assert (tmp_path / "c" / name).stat().st_size == file["size"]
+
+
+LARGE = {"a": torch.arange(3_000_001.0), "few": torch.arange(5), "b": torch.arange(700_000.0), "none": torch.zeros(0)}
+"""Enough for helpers to write it."""
+
+
+@pytest.mark.parametrize("form", ["file", "folder", "safetensors"])
+def test_checksums_are_those_of_the_bytes(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks begin and end within records, and helpers are asked to sync in between."""
+    monkeypatch.setattr(sums, "BLOCK", 1_000_003)
+    monkeypatch.setattr(stream, "_SYNC_EVERY", 1 << 20)
+    module = nn.Module()
+    for name, value in LARGE.items():
+        module.register_buffer(name, value.clone())
+    alone().save(tmp_path / "c", {"model": module}, format=form)
+    if form == "file":
+        with zipfile.ZipFile(tmp_path / "c") as archive:
+            assert archive.testzip() is None
+        assert same(torch.load(tmp_path / "c", mmap=True)["model"], LARGE)
+        return
+    for name, file in json.loads((tmp_path / "c" / "checksums.json").read_text())["files"].items():
+        data = (tmp_path / "c" / name).read_bytes()
+        blocks = [data[start : start + sums.BLOCK] for start in range(0, len(data), sums.BLOCK)]
+        assert file == {"size": len(data), "crc32": [zlib.crc32(block) for block in blocks]}
+
+
+@pytest.mark.parametrize("form", ["file", "folder", "safetensors"])
+@pytest.mark.parametrize("size", [2_000_000, 9_000_000])
+def test_no_room_for_what_helpers_write(tmp_path: Path, form: str, size: int) -> None:
+    model = nn.Module()
+    model.register_buffer("a", torch.zeros(10_000_000))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match="File too large"):
+            alone().save(tmp_path / "c", {"model": model}, format=form)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_the_disk_is_told_by_whoever_syncs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told once: a later sync of the same file would say that all is well."""
+    synced: list[int] = []
+
+    def sync(handle: int) -> None:
+        synced.append(handle)
+        if len(synced) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(stream, "_SYNC_EVERY", 1 << 20)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        alone().save(tmp_path / "c", {"model": LARGE}, format="file")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_of_two_dtypes_is_refused(tmp_path: Path) -> None:
+    """A file has one dtype for it, and would give the other tensor wrong values."""
+    values = torch.arange(4.0)
+    with pytest.raises(CheckpointError, match="must have one dtype"):
+        alone().save(tmp_path / "c", {"floats": values, "numbers": values.view(torch.int32)})
 
 
 def test_checksums_cannot_be_switched_off(tmp_path: Path) -> None:

@@ -48,6 +48,12 @@ class Stored(ABC):
             self.read(box, out[done : done + shape.numel()].view(shape))
             done += shape.numel()
 
+    def flat(self, start: int, count: int) -> Tensor:
+        """Values ``start`` and following, in row-major order, on the host. Not to be written to."""
+        out = torch.empty(count, dtype=self.dtype)
+        self.read_flat(start, out)
+        return out
+
     def whole(self) -> Tensor:
         """All of it, in memory of its own on the host."""
         out = torch.empty(self.shape, dtype=self.dtype)
@@ -79,6 +85,13 @@ class InMemory(Stored):
         for dim, (start, length) in enumerate(box):
             part = part.narrow(dim, start, length)
         out.copy_(part)
+
+    @override
+    def flat(self, start: int, count: int) -> Tensor:
+        tensor = self.tensor
+        if tensor.device.type == "cpu" and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
+            return tensor.view(-1)[start : start + count]
+        return super().flat(start, count)
 
     @override
     def mapped(self) -> Tensor | None:

@@ -54,6 +54,18 @@ class Crew:
         Raises:
             CheckpointError: ``act`` failed somewhere; names the first such rank and its reason.
         """
+        return self._agreed(act, what, lambda result: None)[0]
+
+    def gathered(self, act: Callable[[], T], what: str) -> list[T]:
+        """As :meth:`on_all`, but every rank gets what ``act`` returned on each, in rank order.
+
+        Raises:
+            CheckpointError: as there.
+        """
+        return self._agreed(act, what, lambda result: result)[1]
+
+    def _agreed(self, act: Callable[[], T], what: str, shown: Callable[[T], Any]) -> tuple[T, list[Any]]:
+        """What ``act`` returned here, and what ``shown`` makes of it on each rank, which is sent with the failures."""
         result: Any = None
         own: FabricError | None = None
         failure: tuple[int, str] | None = None
@@ -64,12 +76,14 @@ class Crew:
         except BaseException as error:
             first, cause = _cause(error)
             failure = self.world.rank if first is None else first, self._reason(cause)
-        for told in gather_objects(self.world, failure, group=self.group):
-            if told is not None:
+        sent = failure, None if failure is not None else shown(result)
+        told = gather_objects(self.world, sent, group=self.group)
+        for of_one, _ in told:
+            if of_one is not None:
                 if own is not None:
                     raise own
-                raise CheckpointError(f"Every rank must be able to {what}, but rank {told[0]} could not: {told[1]}")
-        return result  # type: ignore[no-any-return]
+                raise CheckpointError(f"Every rank must be able to {what}, but rank {of_one[0]} could not: {of_one[1]}")
+        return result, [of_one for _, of_one in told]
 
     def _reason(self, error: BaseException) -> str:
         """What happened and, of the file system's reasons, how to mend it. Leaves what is no failure of the work."""

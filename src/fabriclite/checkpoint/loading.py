@@ -8,7 +8,7 @@ from fabriclite import seed
 from fabriclite.checkpoint import disk, sums
 from fabriclite.checkpoint.agree import READER_S_ADVICE, Crew
 from fabriclite.checkpoint.formats import OWN
-from fabriclite.checkpoint.parts import LooseModulePart, ModulePart, OptimizerPart, Part
+from fabriclite.checkpoint.parts import Part
 from fabriclite.checkpoint.read.kinds import located
 from fabriclite.checkpoint.read.source import Opened, open_checkpoint
 from fabriclite.errors import CheckpointError
@@ -42,10 +42,10 @@ def load(
             f" {', '.join(k for k in tree if k != OWN)}. Pass strict=False to load what is there."
         )
     # Modules first: an optimizer may hold master weights, which a module's would round.
-    order = sorted((key for key in parts if key not in missing), key=lambda key: not _is_module(parts[key]))
+    order = sorted((key for key in parts if key not in missing), key=lambda key: parts[key].module() is None)
     fits = crew.on_all(lambda: {key: parts[key].checked(tree[key], strict) for key in order}, f"load {path}")
     crew.on_all(lambda: _load_all(parts, fits), f"load {path}")
-    if any(isinstance(part, OptimizerPart) for part in parts.values()):
+    if any(part.resumes for part in parts.values()):
         _resume(strategy, tree.get(OWN, {}))
     others = [key for key in tree if key not in parts and key != OWN]
     return {key: in_memory(tree[key]) for key in others if opened.kind == "file" or not _holds_stored(tree[key])}
@@ -54,10 +54,6 @@ def load(
 def _load_all(parts: Mapping[str, Part], fits: Mapping[str, Any]) -> None:
     for key, value in fits.items():
         parts[key].load(value)
-
-
-def _is_module(part: Part) -> bool:
-    return isinstance(part, ModulePart | LooseModulePart)
 
 
 def _open(crew: Crew, path: Path, weights_only: bool) -> Opened:

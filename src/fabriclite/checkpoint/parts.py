@@ -1,13 +1,16 @@
 """What one entry of a checkpoint is, and how its state is taken out and put back."""
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Final, final
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from fabriclite import module_state, optim_state, shards
 from fabriclite._torch import tree_leaves, tree_map
@@ -16,13 +19,39 @@ from fabriclite.stored import Stored, in_memory
 from fabriclite.strategy import Strategy
 from fabriclite.stretch import Stretch
 
+Split = tuple[dict[str, Tensor | Stretch], Any]
+"""Tensors, each of which every rank writes its part of, by name; and the rest, which rank 0 writes."""
 
-class Part(Protocol):
-    """One entry of the ``state`` that a user saves or loads."""
+SMALL: Final = 64
+"""Elements up to which a moment that is not sharded goes to the rest: a step counter takes 1 KB as a shard."""
 
+
+class Part(ABC):
+    """One entry of the ``state`` that a user saves or loads.
+
+    Attributes:
+        resumes: whether a load of it goes on with the run: loss scale and random states are put back too.
+    """
+
+    resumes: ClassVar[bool] = False
+
+    def module(self) -> nn.Module | None:
+        """The module whose state it is; ``None`` for anything else."""
+        return None
+
+    def layout(self) -> dict[str, Any]:
+        """What a module's state has, without its values; nothing for anything else."""
+        return {}
+
+    @abstractmethod
     def state(self) -> Any:
         """What to save. Every rank must call this. Tensors are live, and may be sharded."""
 
+    def split(self, state: Any) -> Split:
+        """``state``, which :meth:`state` gave, as a folder holds it."""
+        return {}, state
+
+    @abstractmethod
     def checked(self, value: Any, strict: bool) -> Any:
         """``value``, which :meth:`state` gave once, in the form that :meth:`load` wants. Changes nothing.
 
@@ -30,70 +59,96 @@ class Part(Protocol):
             CheckpointError: it does not fit.
         """
 
+    @abstractmethod
     def load(self, value: Any) -> None:
         """Put back what :meth:`checked` returned. Every rank must call this. Tensors may be in a file."""
 
 
+@final
 @dataclass(frozen=True, slots=True)
-class ModulePart:
+class ModulePart(Part):
     """A module that was set up."""
 
     strategy: Strategy
     engine: nn.Module
 
+    @override
     def state(self) -> dict[str, Any]:
         return self.strategy.state_dict(self.engine)
 
+    @override
     def layout(self) -> dict[str, Any]:
         return self.strategy.layout(self.engine)
 
+    @override
     def module(self) -> nn.Module:
         return self.strategy.user_module(self.engine)
 
-    def checked(self, value: Any, strict: bool) -> Mapping[str, Any]:
-        state = _mapping(value, "a module")
-        module_state.check_fits(self.layout(), state, strict)
-        return state
+    @override
+    def split(self, state: Any) -> Split:
+        return _split_module(state)
 
+    @override
+    def checked(self, value: Any, strict: bool) -> Mapping[str, Any]:
+        return _checked_module(self.layout(), value, strict)
+
+    @override
     def load(self, value: Mapping[str, Any]) -> None:
         self.strategy.load_state_dict(self.engine, _extras_in_memory(value))
 
 
+@final
 @dataclass(frozen=True, slots=True)
-class LooseModulePart:
+class LooseModulePart(Part):
     """A module that was not set up: loaded before it is, or used without."""
 
     loose: nn.Module
 
+    @override
     def state(self) -> dict[str, Any]:
         return self.loose.state_dict()
 
+    @override
     def layout(self) -> dict[str, Any]:
         return self.loose.state_dict(keep_vars=True)  # of what was recorded, detaching is an operation to look at
 
+    @override
     def module(self) -> nn.Module:
         return self.loose
 
-    def checked(self, value: Any, strict: bool) -> Mapping[str, Any]:
-        state = _mapping(value, "a module")
-        module_state.check_fits(self.layout(), state, strict)
-        return state
+    @override
+    def split(self, state: Any) -> Split:
+        return _split_module(state)
 
+    @override
+    def checked(self, value: Any, strict: bool) -> Mapping[str, Any]:
+        return _checked_module(self.layout(), value, strict)
+
+    @override
     def load(self, value: Mapping[str, Any]) -> None:
         module_state.load_into(self.loose, _extras_in_memory(value))
 
 
+@final
 @dataclass(frozen=True, slots=True)
-class OptimizerPart:
+class OptimizerPart(Part):
     """An optimizer of a module that was set up."""
 
+    resumes: ClassVar[bool] = True
     strategy: Strategy
     engine: nn.Module
     optimizer: Optimizer
 
+    @override
     def state(self) -> dict[str, Any]:
         return self.strategy.optimizer_state(self.engine, self.optimizer)
 
+    @override
+    def split(self, state: Any) -> Split:
+        found = {name: tensor for name, tensor in _tensors_of(state).items() if not _is_small(tensor)}
+        return found, _without(state, "", found)
+
+    @override
     def checked(self, value: Any, strict: bool) -> dict[str, Any]:
         state = _mapping(value, "an optimizer")
         if "state" not in state or "param_groups" not in state:
@@ -103,33 +158,40 @@ class OptimizerPart:
         own = self.strategy.optimizer_layout(self.engine, self.optimizer)
         return optim_state.checked(own, {**state, "param_groups": in_memory(state["param_groups"])})
 
+    @override
     def load(self, value: dict[str, Any]) -> None:
         self.strategy.load_optimizer_state(self.engine, self.optimizer, value)
 
 
+@final
 @dataclass(frozen=True, slots=True)
-class StatefulPart:
+class StatefulPart(Part):
     """Anything else with ``state_dict`` and ``load_state_dict``: a scheduler, a loader, an object of the user's."""
 
     obj: Any
 
+    @override
     def state(self) -> Any:
         return self.obj.state_dict()
 
+    @override
     def checked(self, value: Any, strict: bool) -> Any:
         return value
 
+    @override
     def load(self, value: Any) -> None:
         self.obj.load_state_dict(in_memory(value))
 
 
+@final
 @dataclass(frozen=True, slots=True)
-class ValuePart:
+class ValuePart(Part):
     """A plain value: a number, a string, a tensor, a tree of them. Replaced in the user's ``state`` on load."""
 
     holder: dict[str, Any]
     key: str
 
+    @override
     def state(self) -> Any:
         value = self.holder[self.key]
         inside = [type(leaf).__name__ for leaf in tree_leaves(value) if isinstance(leaf, nn.Module | Optimizer)]
@@ -140,11 +202,48 @@ class ValuePart:
             )
         return value
 
+    @override
     def checked(self, value: Any, strict: bool) -> Any:
         return value
 
+    @override
     def load(self, value: Any) -> None:
         self.holder[self.key] = in_memory(value)
+
+
+def _split_module(state: Mapping[str, Any]) -> Split:
+    found = {k: v for k, v in state.items() if isinstance(v, Tensor | Stretch) and not shards.is_extra(k)}
+    return found, {k: v for k, v in state.items() if k not in found}
+
+
+def _checked_module(layout: dict[str, Any], value: Any, strict: bool) -> Mapping[str, Any]:
+    state = _mapping(value, "a module")
+    module_state.check_fits(layout, state, strict)
+    return state
+
+
+def _is_small(value: Tensor | Stretch) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, DTensor) and value.numel() <= SMALL
+
+
+def _tensors_of(tree: Mapping[str, Any]) -> dict[str, Tensor | Stretch]:
+    """Every tensor in nested mappings under its dotted name."""
+    found: dict[str, Tensor | Stretch] = {}
+    for key, value in tree.items():
+        if isinstance(value, Tensor | Stretch):
+            found[key] = value
+        elif isinstance(value, Mapping):
+            found.update({f"{key}.{name}": tensor for name, tensor in _tensors_of(value).items()})
+    return found
+
+
+def _without(tree: Mapping[str, Any], before: str, names: Mapping[str, Any]) -> dict[str, Any]:
+    """The same tree without the tensors of these dotted names."""
+    return {
+        key: _without(value, f"{before}{key}.", names) if isinstance(value, Mapping) else value
+        for key, value in tree.items()
+        if f"{before}{key}" not in names
+    }
 
 
 def taken(key: str, part: Part, keep: Callable[[str, Any], bool] | None) -> Any:

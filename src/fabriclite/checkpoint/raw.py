@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fabriclite import _torch, module_state
 from fabriclite.checkpoint import disk, place, sums
-from fabriclite.checkpoint.parts import LooseModulePart, ModulePart, Part
+from fabriclite.checkpoint.parts import Part
 from fabriclite.checkpoint.read.source import open_checkpoint, open_state
 from fabriclite.checkpoint.report import LoadReport
 from fabriclite.errors import CheckpointError, ConfigError
@@ -69,7 +69,8 @@ def load_raw(
         CheckpointError: it cannot be read, or does not fit; nothing was changed then.
     """
     where = place.found(disk.located(path))
-    if not isinstance(part, ModulePart | LooseModulePart):
+    module = part.module()
+    if module is None:
         tree = agreed(lambda: open_checkpoint(where, weights_only).tree, f"read {path}")
         value = agreed(lambda: part.checked(tree, strict), f"load {path}")
         agreed(lambda: part.load(value), f"load {path}")
@@ -78,19 +79,19 @@ def load_raw(
     if opened.ours:
         agreed(lambda: sums.verify(where, share), f"verify {path}")
     stored = {**opened.tensors, **opened.other}
-    values, report = agreed(lambda: _matched(part, stored, rename, strict, where), f"load {path}")
+    values, report = agreed(lambda: _matched(part, module, stored, rename, strict, where), f"load {path}")
     agreed(lambda: part.load(values), f"load {path}")
     return report  # type: ignore[no-any-return]
 
 
 def _matched(
-    part: ModulePart | LooseModulePart, stored: Mapping[str, Any], rename: Rename, strict: bool, path: Path
+    part: Part, module: nn.Module, stored: Mapping[str, Any], rename: Rename, strict: bool, path: Path
 ) -> tuple[dict[str, Any], LoadReport]:
     """What to load under the module's names, checked, and the report. Changes nothing."""
     state = renamed(stored, rename, path)
     own = part.layout()
     covered: set[str] = set()
-    for names in module_state.tied_names(part.module()):
+    for names in module_state.tied_names(module):
         present = [name for name in names if name in state]
         if present:
             covered.update(name for name in names if name in own and name not in state)

@@ -3,18 +3,17 @@
 A folder carries them in ``checksums.json``; a file of torch has one inside for each of its records.
 """
 
-import io
 import json
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, lru_cache, reduce
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from typing_extensions import Buffer, override
 
 from fabriclite.errors import CheckpointError
 
@@ -38,77 +37,89 @@ class FileSum:
     blocks: tuple[int, ...]
 
 
-class Summing(io.RawIOBase):
-    """A file that is written from its beginning to its end, and knows its checksums then.
+class Sum:
+    """Checksums of bytes that pass in order: of a file's blocks, and of stretches of it that lie across their borders.
 
-    Args:
-        raw: opened for writing.
-        done: called with the result when it is closed.
+    Every byte is summed up once: what belongs to both is joined.
+
+    Attributes:
+        size: bytes so far.
     """
 
-    def __init__(self, raw: Any, done: Callable[[FileSum], None]) -> None:
-        self._raw = raw
-        self._done = done
-        self._size = 0
+    def __init__(self) -> None:
+        self.size = 0
         self._blocks: list[int] = []
-        self._helper = ThreadPoolExecutor(1)
+        self._stretch = 0
+        self._last = 0  # of the bytes since the last joint
+        self._count = 0
 
-    @override
-    def write(self, data: Buffer, /) -> int:
-        view = memoryview(data).cast("B")
-        summed = self._beside(view) if len(view) >= _AT_ONCE else None
-        if summed is None:
-            self._sum(view)
-        try:
-            written = 0
-            while written < len(view):  # an unbuffered file may take less than it was given
-                written += self._raw.write(view[written:])
-        finally:
-            if summed is not None:
-                summed.result()  # the bytes are the caller's, and gone when this returns
-        return len(view)
-
-    def _beside(self, view: memoryview) -> "Future[None] | None":
-        """Sum up while the bytes are being written: neither holds the interpreter's lock."""
-        try:
-            return self._helper.submit(self._sum, view)
-        except RuntimeError:  # a save that is under way when the interpreter ends may start no thread
-            return None
-
-    def _sum(self, rest: memoryview) -> None:
-        while len(rest):
-            begun = self._size % BLOCK
-            if begun == 0:
+    def add(self, data: memoryview) -> None:
+        while len(data):
+            if self.size % BLOCK == 0:
+                self._join()
                 self._blocks.append(0)
-            part = rest[: BLOCK - begun]
-            self._blocks[-1] = zlib.crc32(part, self._blocks[-1])
-            self._size += len(part)
-            rest = rest[len(part) :]
+            part = data[: BLOCK - self.size % BLOCK]
+            self._last = zlib.crc32(part, self._last)
+            self._count += len(part)
+            self.size += len(part)
+            data = data[len(part) :]
 
-    @override
-    def tell(self) -> int:
-        return self._size
+    def begin(self) -> None:
+        """A stretch begins."""
+        self._join()
+        self._stretch = 0
 
-    @override
-    def fileno(self) -> int:
-        return int(self._raw.fileno())
+    def end(self) -> int:
+        """CRC-32 of the stretch."""
+        self._join()
+        return self._stretch
 
-    @override
-    def writable(self) -> bool:
-        return True
+    def of_file(self) -> FileSum:
+        self._join()
+        return FileSum(self.size, tuple(self._blocks))
 
-    @override
-    def flush(self) -> None:
-        if not self._raw.closed:
-            self._raw.flush()
+    def _join(self) -> None:
+        if self._count:
+            self._blocks[-1] = joined(self._blocks[-1], self._last, self._count)
+            self._stretch = joined(self._stretch, self._last, self._count)
+        self._last = self._count = 0
 
-    @override
-    def close(self) -> None:
-        if not self._raw.closed:
-            self._raw.close()
-            self._helper.shutdown()
-            self._done(FileSum(self._size, tuple(self._blocks)))
-        super().close()
+
+# -- arithmetic: a CRC-32 is a polynomial over two elements, the highest power in the lowest bit -----------------------
+
+_POLYNOMIAL: Final = 0xEDB88320
+_ONE: Final = 1 << 31
+
+
+def joined(first: int, second: int, count: int) -> int:
+    """CRC-32 of two pieces of bytes, one behind the other, from that of each. Pure.
+
+    ``count``: bytes of the second. What comes before them is moved up by as many places. It is zlib's
+    ``crc32_combine``, which python's module lacks.
+    """
+    return (_times(first, _moved(count)) if first else 0) ^ second
+
+
+@cache
+def _square(times: int) -> int:
+    """``x**8``, which moves by one byte, squared so often."""
+    return _times(_square(times - 1), _square(times - 1)) if times else 1 << 23
+
+
+@lru_cache(maxsize=4096)  # tensors of a model have few sizes
+def _moved(count: int) -> int:
+    """``x**(8 * count)``."""
+    return reduce(_times, (_square(bit) for bit in range(count.bit_length()) if count >> bit & 1), _ONE)
+
+
+def _times(one: int, two: int) -> int:
+    product = 0
+    while one:
+        if one & _ONE:
+            product ^= two
+        one = (one << 1) & 0xFFFFFFFF
+        two = two >> 1 ^ _POLYNOMIAL if two & 1 else two >> 1
+    return product
 
 
 # -- the list in a folder ---------------------------------------------------------------------------------------------

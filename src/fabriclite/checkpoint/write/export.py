@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fabriclite import module_state, shards
 from fabriclite.checkpoint.agree import Crew
 from fabriclite.checkpoint.formats import Safetensors
-from fabriclite.checkpoint.parts import LooseModulePart, ModulePart, Part, taken
+from fabriclite.checkpoint.parts import Part, taken
 from fabriclite.checkpoint.write.safetensors_writer import Entry, SafetensorsWriter, in_order
 from fabriclite.errors import ConfigError
 from fabriclite.stretch import Stretch
@@ -35,13 +35,14 @@ class ExportContent:
         Raises:
             ConfigError: there is not just one module, or it has state that is no tensor.
         """
-        (key, part), *more = [*parts.items(), (None, None)]
-        if len(more) != 1 or not isinstance(part, ModulePart | LooseModulePart):
+        modules = {key: part.module() for key, part in parts.items()}
+        [(key, module), *more] = [*modules.items(), ("", None)]
+        if len(more) != 1 or module is None:
             raise ConfigError(
                 f"`state` must hold one module alone to be exported, but holds {', '.join(parts) or 'nothing'}."
                 " Write fabric.save(path, {'model': model}, format='safetensors')."
             )
-        state = taken(str(key), part, filters.get(str(key)))
+        state = taken(key, parts[key], filters.get(key))
         odd = [
             name for name, value in state.items() if shards.is_extra(name) or not isinstance(value, Tensor | Stretch)
         ]
@@ -50,7 +51,6 @@ class ExportContent:
                 f"What is exported must be tensors, but {odd[0]} is extra state. Leave it out:"
                 f" filter={{{key!r}: lambda name, value: not name.endswith('_extra_state')}}."
             )
-        module = part.module()
         twice = _names_to_leave_out(module, state)
         options = format if isinstance(format, Safetensors) else Safetensors()
         tensors = {name: value for name, value in state.items() if name not in twice}

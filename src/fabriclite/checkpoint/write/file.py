@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fabriclite.checkpoint import disk
 from fabriclite.checkpoint.agree import Crew
 from fabriclite.checkpoint.parts import Part, taken, whole
+from fabriclite.checkpoint.write.stream import Stream
+from fabriclite.checkpoint.write.torch_writer import Done, TorchFile
 from fabriclite.world import World
 
 
@@ -38,38 +37,18 @@ class FileContent:
         """Write the file, have it on the disk, and look at it again. Every rank must call this."""
 
         def act() -> None:
-            write_file(self.content, path)
+            write_file(TorchFile(self.content), path)
 
         crew.on_rank_zero(act, f"write the checkpoint {path}")
 
 
-def save_into(file: Any, content: Any) -> None:
-    """``torch.save``, which calls a full disk an unexpected position.
-
-    Raises:
-        OSError: what the disk said.
-    """
-    summed = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(True)  # a script may have switched them off for files of its own
-    try:
-        torch.save(content, file)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
-    finally:
-        torch.serialization.set_crc32_options(summed)
-
-
-def write_file(content: Mapping[str, Any], path: Path) -> None:
+def write_file(file: TorchFile, path: Path, done: Done | None = None) -> None:
     """Write one file of torch, with a checksum for each record, have it on the disk, and look at it again.
 
     Raises:
         OSError: the disk is full, or the path cannot be written.
     """
-    # Opened here: torch's own writer calls a full disk, a missing folder and a refused one by one name.
-    with path.open("wb") as file:
-        save_into(file, dict(content))
-    disk.sync(path)
+    with Stream(path) as out:
+        file.write(out, done)
     with path.open("rb") as written, zipfile.ZipFile(written):  # its directory, at the very end, can be read
         pass

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,15 +24,14 @@ from fabriclite import _torch, shards
 from fabriclite.boxes import Box, all_of, lengths
 from fabriclite.checkpoint import disk, place, sums
 from fabriclite.checkpoint.agree import Crew
-from fabriclite.checkpoint.parts import LooseModulePart, ModulePart, OptimizerPart, Part, taken, whole
-from fabriclite.checkpoint.sums import FileSum, Summing
-from fabriclite.checkpoint.write.file import save_into
-from fabriclite.collectives import gather_objects
+from fabriclite.checkpoint.parts import Part, taken, whole
+from fabriclite.checkpoint.sums import FileSum
+from fabriclite.checkpoint.write import recast
+from fabriclite.checkpoint.write.stream import Stream
+from fabriclite.checkpoint.write.torch_writer import Done, TorchFile
+from fabriclite.stored import InMemory
 from fabriclite.stretch import Stretch
 from fabriclite.world import World
-
-SMALL: Final = 64
-"""Elements up to which a moment that is not sharded goes to the rest: a step counter takes 1 KB as a shard."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,7 +72,7 @@ class FolderContent:
         mine: list[Shard] = []
         rest: dict[str, Any] = {}
         for key, part in parts.items():
-            tensors, others = _split(part, taken(key, part, filters.get(key)))
+            tensors, others = part.split(taken(key, part, filters.get(key)))
             for name, value in tensors.items():
                 mine += _shards_of(f"{prefix(key)}{name}", value, first, copied)
             rest[key] = whole(others, keep=first, copied=copied)
@@ -81,13 +80,11 @@ class FolderContent:
 
     def write(self, crew: Crew, path: Path) -> None:
         """Write the folder, have it on the disk, and look at it again. Every rank must call this."""
-        crew.on_rank_zero(path.mkdir, f"make the folder {path}")
-        written = crew.on_all(lambda: write_shards(self.shards, path, crew), f"write the checkpoint {path}")
-        told = gather_objects(crew.world, written, group=crew.group)
+        written = crew.gathered(lambda: write_shards(self.shards, path, crew), f"write the checkpoint {path}")
 
         def finish() -> None:
-            files = {name: file for of_one in told for name, file in of_one.items()}
-            write_rest(lambda file: save_into(file, dict(self.rest)), files, path)
+            files = {name: file for of_one in written for name, file in of_one.items()}
+            write_rest(TorchFile(self.rest), files, path)
 
         crew.on_rank_zero(finish, f"write the checkpoint {path}")
 
@@ -95,41 +92,6 @@ class FolderContent:
 def prefix(key: str) -> str:
     """What the names of an entry's tensors begin with. A dot in the key would make two entries' names one."""
     return f"{key.replace('%', '%25').replace('.', '%2E')}."
-
-
-def _split(part: Part, state: Any) -> tuple[dict[str, Tensor | Stretch], Any]:
-    """Tensors that go to the shards, and the rest, which is rank 0's."""
-    if isinstance(part, OptimizerPart):
-        found = {name: t for name, t in _tensors_of(state).items() if not _is_small(t)}
-        return found, _without(state, "", found)
-    if isinstance(part, ModulePart | LooseModulePart) and isinstance(state, Mapping):
-        found = {k: v for k, v in state.items() if isinstance(v, Tensor | Stretch) and not shards.is_extra(k)}
-        return found, {k: v for k, v in state.items() if k not in found}
-    return {}, state
-
-
-def _is_small(value: Tensor | Stretch) -> bool:
-    return isinstance(value, Tensor) and not isinstance(value, DTensor) and value.numel() <= SMALL
-
-
-def _tensors_of(tree: Mapping[str, Any]) -> dict[str, Tensor | Stretch]:
-    """Every tensor in nested mappings under its dotted name."""
-    found: dict[str, Tensor | Stretch] = {}
-    for key, value in tree.items():
-        if isinstance(value, Tensor | Stretch):
-            found[key] = value
-        elif isinstance(value, Mapping):
-            found.update({f"{key}.{name}": tensor for name, tensor in _tensors_of(value).items()})
-    return found
-
-
-def _without(tree: Mapping[str, Any], before: str, names: Mapping[str, Any]) -> dict[str, Any]:
-    """The same tree without the tensors of these dotted names."""
-    return {
-        key: _without(value, f"{before}{key}.", names) if isinstance(value, Mapping) else value
-        for key, value in tree.items()
-        if f"{before}{key}" not in names
-    }
 
 
 def _shards_of(name: str, value: Tensor | Stretch, first: bool, copied: bool) -> Iterator[Shard]:
@@ -153,13 +115,13 @@ def _held(values: Tensor, copied: bool) -> Callable[[], Tensor]:
 
 
 def write_shards(shards: Sequence[Shard], path: Path, crew: Crew) -> dict[str, FileSum]:
-    """Write this rank's shards and, on rank 0, the index of all. Every rank must call this.
+    """Make the folder, and write this rank's shards and, on rank 0, the index of all. Every rank must call this.
 
     Returns:
         Size and checksums of the files that this rank wrote.
     """
     files = _Files()
-    writer = _Writer("", sync_files=disk.is_local(path))
+    writer = _Writer("", sync_files=False)  # our files are on the disk when they are closed
     writer.fs, writer.path = cast(FileSystem, files), path
     alone = crew.world.size == 1
     with warnings.catch_warnings():
@@ -168,14 +130,12 @@ def write_shards(shards: Sequence[Shard], path: Path, crew: Crew) -> dict[str, F
     return {name.removesuffix(".tmp"): file for name, file in files.written.items()}
 
 
-def write_rest(write: Callable[[Any], None], files: Mapping[str, FileSum], path: Path) -> None:
-    """Have ``write`` write what is no shard, and list the checksums; have all on the disk, and look at it again."""
+def write_rest(rest: TorchFile, files: Mapping[str, FileSum], path: Path, done: Done | None = None) -> None:
+    """Write what is no shard, and list the checksums; have all on the disk, and look at it again."""
     out = _Files()
     with out.create_stream(path / place.META, "wb") as file:
-        write(file)
-    disk.sync(path / place.META)
-    files = {**files, **out.written}
-    (path / sums.SUMS).write_bytes(sums.dump(files))
+        rest.write(file, done)
+    (path / sums.SUMS).write_bytes(sums.dump({**files, **out.written}))
     disk.sync(path / sums.SUMS)
     disk.sync(path)
     sums.check_sizes(path, sums.listed(path) or {})
@@ -193,13 +153,13 @@ class _Writer(FileSystemWriter):
         name = f"{plan.storage_data.prefix}0.distcp"
         path = cast(Path, self.path) / name
         results = []
-        with self.fs.create_stream(path, "wb") as file:
+        with self.fs.create_stream(path, "wb") as stream:
+            file = cast(Stream, stream)
             for item in plan.items:
                 start = file.tell()
-                save_into(file, planner.resolve_data(item))
+                values = InMemory(cast(Tensor, planner.resolve_data(item)))
+                TorchFile(recast.Cast(values, values.dtype)).write(file)  # not all that a view looks into
                 results.append(_torch.shard_written(item.index, name, start, file.tell() - start))
-        if self.sync_files:
-            disk.sync(path)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
@@ -217,13 +177,8 @@ class _Files(FileSystemBase):
         def note(file: FileSum) -> None:
             self.written[path.name] = file
 
-        with path.open(mode) as raw:
-            if "w" not in mode:
-                yield raw
-                return
-            summing = Summing(raw, note)
-            yield summing
-            summing.close()
+        with Stream(path, note) as file:  # `mode`: its writer only writes
+            yield file
 
     @override
     def concat_path(self, path: Any, suffix: str) -> Any:
@@ -271,9 +226,7 @@ class _Planner(DefaultSavePlanner):
     @override
     def lookup_object(self, index: MetadataIndex) -> Any:
         assert index.offset is not None
-        values = self._values[index.fqn, tuple(index.offset)]().cpu().contiguous()
-        # of a view torch would save all that it looks into
-        return values.clone() if values.untyped_storage().nbytes() != values.nbytes else values
+        return self._values[index.fqn, tuple(index.offset)]()
 
 
 def _write_item(shard: Shard) -> WriteItem:

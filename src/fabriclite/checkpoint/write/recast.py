@@ -37,6 +37,11 @@ class Cast(Stored):
         out.copy_(rounded)
 
     @override
+    def flat(self, start: int, count: int) -> Tensor:
+        same = self._stored.dtype == self.dtype
+        return self._stored.flat(start, count) if same else super().flat(start, count)
+
+    @override
     def mapped(self) -> Tensor | None:
         return None
 
@@ -87,9 +92,7 @@ def pieces(stored: Stored) -> Iterator[Tensor]:
     step = max(1, PIECE // stored.dtype.itemsize)
     count = stored.shape.numel()
     for start in range(0, count, step):
-        out = torch.empty(min(step, count - start), dtype=stored.dtype)
-        stored.read_flat(start, out)
-        yield out
+        yield stored.flat(start, min(step, count - start))
 
 
 def boxes(shape: Sequence[int], at_most: int) -> Iterator[Box]:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +12,8 @@ from torch import Tensor
 from fabriclite.checkpoint import disk, sums
 from fabriclite.checkpoint.formats import DEFAULT_MAX_BYTES
 from fabriclite.checkpoint.read.safetensors_file import DTYPES
-from fabriclite.checkpoint.sums import FileSum, Summing
+from fabriclite.checkpoint.sums import FileSum
+from fabriclite.checkpoint.write.stream import Stream
 from fabriclite.errors import ConfigError
 
 INDEX: Final = "model.safetensors.index.json"
@@ -73,8 +73,7 @@ class SafetensorsWriter:
         self._begins = {group[0].name: (file, group) for file, group in self._files if group}
         self._total = sum(entry.nbytes for entry in entries)
         self._written: dict[str, FileSum] = {}
-        self._stack = ExitStack()
-        self._now: Any = None
+        self._now: Stream | None = None
 
     def begin(self, name: str) -> None:
         """The next tensor is ``name``."""
@@ -84,6 +83,7 @@ class SafetensorsWriter:
 
     def add(self, values: Tensor) -> None:
         """Its values, or the next of them in row-major order."""
+        assert self._now is not None  # `begin` opened it
         flat = values.detach().contiguous().reshape(-1)
         step = max(1, _AT_ONCE // max(1, flat.element_size()))
         for begin in range(0, flat.numel(), step):
@@ -101,35 +101,32 @@ class SafetensorsWriter:
             index = {"metadata": {"total_size": self._total}, "weight_map": where}
             contents[INDEX] = json.dumps(index, indent=2).encode()
         for name, content in contents.items():
-            with (self._folder / name).open("wb") as raw, self._summing(name, raw) as file:
+            with self._stream(name) as file:
                 file.write(content)
         (self._folder / sums.SUMS).write_bytes(sums.dump(self._written))
-        for name in [*contents, sums.SUMS]:
-            disk.sync(self._folder / name)
+        disk.sync(self._folder / sums.SUMS)
         disk.sync(self._folder)
         sums.check_sizes(self._folder, self._written)
 
     def close(self) -> None:
         """Let go of the file under way, after an error."""
-        self._stack.close()
+        if self._now is not None:
+            self._now.abandon()
 
     def _open_file(self, name: str, group: Sequence[Entry]) -> None:
-        raw = self._stack.enter_context((self._folder / name).open("wb"))
-        self._now = self._stack.enter_context(self._summing(name, raw))
+        self._now = self._stream(name)
         self._now.write(header(group))
-        self._path = self._folder / name
 
     def _close_file(self) -> None:
-        if self._now is not None:
-            self._stack.close()
-            disk.sync(self._path)
-            self._now = None
+        now, self._now = self._now, None
+        if now is not None:
+            now.close()
 
-    def _summing(self, name: str, raw: Any) -> Summing:
+    def _stream(self, name: str) -> Stream:
         def note(file: FileSum) -> None:
             self._written[name] = file
 
-        return Summing(raw, note)
+        return Stream(self._folder / name, note)
 
 
 def header(entries: Sequence[Entry]) -> bytes:

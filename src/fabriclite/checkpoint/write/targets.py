@@ -1,8 +1,7 @@
 """What a conversion writes: each form, planned from an opened checkpoint, and written tensor by tensor."""
 
 import json
-import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,22 +12,21 @@ from torch import Tensor
 
 from fabriclite import shards
 from fabriclite.boxes import Box, lengths
-from fabriclite.checkpoint import disk
 from fabriclite.checkpoint.agree import Crew
 from fabriclite.checkpoint.formats import OWN, VERSION
+from fabriclite.checkpoint.parts import SMALL
 from fabriclite.checkpoint.read import kinds
 from fabriclite.checkpoint.read.kinds import Found
 from fabriclite.checkpoint.write import recast
-from fabriclite.checkpoint.write.folder import SMALL, Shard, prefix, write_rest, write_shards
+from fabriclite.checkpoint.write.file import write_file
+from fabriclite.checkpoint.write.folder import Shard, prefix, write_rest, write_shards
 from fabriclite.checkpoint.write.safetensors_writer import Entry, SafetensorsWriter, in_order
-from fabriclite.checkpoint.write.torch_writer import TorchFile
+from fabriclite.checkpoint.write.torch_writer import Done, TorchFile
 from fabriclite.errors import CheckpointError, ConfigError
 from fabriclite.stored import Stored
 from fabriclite.world import World
 
 _DOCUMENTS: Final = ("config.json", "generation_config.json")
-Done = Callable[[int], None]
-"""Called with the bytes of every piece that was written."""
 
 
 class Target(Protocol):
@@ -59,11 +57,7 @@ class FileTarget:
         self.nbytes = self._file.nbytes
 
     def write(self, path: Path, done: Done) -> None:
-        with path.open("wb") as file:
-            self._file.write(file, done)
-        disk.sync(path)
-        with path.open("rb") as written, zipfile.ZipFile(written):  # its directory, at the very end, can be read
-            pass
+        write_file(self._file, path, done)
 
 
 # -- a folder of ours -------------------------------------------------------------------------------------------------
@@ -94,10 +88,9 @@ class FolderTarget:
         return self.rest.nbytes + sum(tensor.nbytes for tensor in self.tensors.values())
 
     def write(self, path: Path, done: Done) -> None:
-        path.mkdir()
         found = [shard for name, tensor in self.tensors.items() for shard in _shards_of(name, tensor, done)]
         files = write_shards(found, path, Crew(World()))
-        write_rest(lambda file: self.rest.write(file, done), files, path)
+        write_rest(self.rest, files, path, done)
 
 
 def _sharded(value: Any) -> dict[tuple[str, ...], Stored]:
