@@ -154,11 +154,19 @@ def _quotient(high: int) -> int:
 
 @cache
 def _reciprocal() -> "np.ndarray[Any, np.dtype[np.complex128]]":
-    """The transform of x^(2 * degree) divided by the characteristic polynomial."""
-    rest, quotient = 1 << 2 * _DEGREE, 0
-    while part := rest >> _DEGREE:
-        rest, quotient = _minus(rest, part), quotient ^ part
-    return np.fft.rfft(_bits(quotient), _LENGTH)
+    """The transform of x^(2 * degree) divided by the characteristic polynomial.
+
+    Backwards, that is the inverse of a power series p: of f known up to some term, p f^2 is right up to twice that.
+    """
+    inverse, known = 1, _GAP
+    while known <= _DEGREE:
+        known *= 2
+        square = inverse = _spread_out(inverse)
+        for term in _characteristic():
+            inverse ^= square << (_DEGREE - term)
+        inverse &= (1 << known) - 1
+    inverse &= (1 << _DEGREE + 1) - 1
+    return np.fft.rfft(_bits(inverse)[_DEGREE::-1], _LENGTH)
 
 
 def _bits(polynomial: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
@@ -168,14 +176,15 @@ def _bits(polynomial: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
 
 @cache
 def _spread() -> "np.ndarray[Any, np.dtype[np.uint16]]":
-    """By byte, its bits with a zero behind each: a square over bits has no mixed terms."""
+    """By byte, its bits with a zero behind each."""
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
     return np.asarray((bits.astype(np.uint16) << np.arange(0, 16, 2, dtype=np.uint16)).sum(1, dtype=np.uint16))
 
 
-def _squared(polynomial: int) -> int:
+def _spread_out(polynomial: int) -> int:
+    """The square: over bits it has no mixed terms."""
     raw = np.frombuffer(polynomial.to_bytes(_DEGREE // 8 + 1, "little"), np.uint8)
-    return _reduced(int.from_bytes(_spread()[raw].astype("<u2").tobytes(), "little"))
+    return int.from_bytes(_spread()[raw].astype("<u2").tobytes(), "little")
 
 
 @lru_cache(4096)
@@ -184,7 +193,7 @@ def _terms(power: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
     known = max(0, power.bit_length() - _DEGREE.bit_length() + 1)  # up to there it is one term
     result = 1 << (power >> known)
     for bit in bin(power)[2:][power.bit_length() - known :]:
-        result = _squared(result)
+        result = _reduced(_spread_out(result))
         if bit == "1":
             result = _reduced(result << 1)
     return np.flatnonzero(_bits(result))
