@@ -21,6 +21,7 @@ from fabriclite.checkpoint.saving import SaveHandle, Saver, wait_for_all
 from fabriclite.errors import ConfigError, SetupOrderError
 from fabriclite.launch import process_group, signals, workers
 from fabriclite.launch.choose import Situation, choose
+from fabriclite.launch.determinism import Deterministic, make_deterministic
 from fabriclite.module import FabricModule
 from fabriclite.precision import Precision, PrecisionInput
 from fabriclite.registry import resolve
@@ -48,6 +49,8 @@ class Fabric:
         plugins: ``None``, or a :class:`~fabriclite.Precision` instead of ``precision``.
         callbacks: objects whose methods :meth:`call` runs.
         loggers: objects with ``log_metrics(metrics, step)``.
+        deterministic: ``True``: an operation that could give other bits another time is an error, ``"warn"``: a
+            warning. It holds for the whole process, also after; the processes that :meth:`launch` starts get it too.
 
     Raises:
         ConfigError: an argument has no meaning, or two contradict each other.
@@ -65,6 +68,7 @@ class Fabric:
         plugins: Any = None,
         callbacks: Any = None,
         loggers: Any = None,
+        deterministic: Deterministic = False,
     ) -> None:
         self._arguments = dict(
             accelerator=accelerator,
@@ -75,7 +79,9 @@ class Fabric:
             plugins=plugins,
             callbacks=callbacks,
             loggers=loggers,
+            deterministic=deterministic,
         )
+        make_deterministic(deterministic)
         arguments.check_loggers(arguments.as_list(loggers))
         self._callbacks = arguments.as_list(callbacks)
         self._loggers = arguments.as_list(loggers)
