@@ -55,7 +55,7 @@ def test_resuming_gives_the_run_that_never_stopped(strategy: str, tmp_path: Path
 
 
 def test_it_stops_when_asked_and_goes_on(tmp_path: Path) -> None:
-    """On SIGTERM to one process; then the same command again, twice, on one rank fewer. The last finds no steps left."""
+    """On SIGTERM to one process; then by the same command on one rank, until no steps are left."""
     where = ["--accelerator", "cpu", "--strategy", "ddp", "--out", str(tmp_path), "--log-every", "1"]
     size = [*SMALL, "--batch-size", "2", "--steps", "60", "--resume", "auto"]
     command = [sys.executable, "-u", str(ROOT / "examples" / "train_gpt.py"), *where, *size, "--devices", "2"]
