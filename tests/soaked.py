@@ -1,7 +1,8 @@
 """A training script that is killed, by a plan, and goes on by itself when it is started again.
 
 Each step leaves ``steps/N.json``: its loss, the samples of all ranks, and how many ranks there were. A step that is
-done again, after a restart, replaces it. ``result.json`` has a digest of all weights and moments at the end.
+done again, after a restart, replaces it. ``result-R.json`` has a digest of what rank R held of all weights and moments
+at the end.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from fabriclite import Fabric
@@ -27,6 +29,7 @@ GLOBAL_BATCH = 12
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
+    parser.add_argument("--strategy", default="ddp")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--save-every", type=int, default=5)
     parser.add_argument("--dropout", type=float, default=0.0)
@@ -68,12 +71,13 @@ def write(file: Path, facts: object) -> None:
 def digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     tensors = [*model.state_dict().values()]
     tensors += [t for state in optimizer.state_dict()["state"].values() for t in state.values()]
-    return hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in tensors)).hexdigest()
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in local)).hexdigest()
 
 
 def main() -> None:
     args = parse_args()
-    fabric = Fabric(accelerator="cpu", strategy="ddp", num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")))
+    fabric = Fabric(accelerator="cpu", strategy=args.strategy, num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")))
     fabric.launch()
     fabric.seed_everything(1)
     stop = fabric.preemption()
@@ -114,8 +118,7 @@ def main() -> None:
                 stop.exit()
             if state["step"] == args.steps:
                 break
-    if fabric.is_global_zero:
-        write(args.out / "result.json", {"digest": digest(model, optimizer)})
+    write(args.out / f"result-{fabric.global_rank}.json", {"digest": digest(model, optimizer)})
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ class Requests:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._before: dict[signal.Signals, Any] = {number: signal.signal(number, self._note) for number in self.order}
+        self._before: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in self.order}
+        _handle(dict.fromkeys(self.order, self._note))
         _Open.requests = self
         _follow_forks()
         threading.Thread(target=self._watch, name="fabriclite-signals", daemon=True).start()
