@@ -38,7 +38,8 @@ class Requests:
         self._armed = True
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        # There is one such descriptor in a process. Who had it before, an event loop say, is told by our thread.
+        self._others = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._before: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in self.order}
         _handle(dict.fromkeys(self.order, self._note))
         _Open.requests = self
@@ -57,7 +58,7 @@ class Requests:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.came.add(signal.Signals(number))
         before = self._before[signal.Signals(number)]
-        if callable(before) and before is not signal.default_int_handler:  # a handler of the user's
+        if callable(before) and number != signal.SIGINT:  # that one would raise KeyboardInterrupt
             before(number, frame)
 
     def _watch(self) -> None:
@@ -68,6 +69,8 @@ class Requests:
             for number in ending.intersection(numbers):
                 if now - first.setdefault(number, now) >= ONE_REQUEST_S and self._armed:
                     _end(signal.Signals(number))
+            if self._others != -1:
+                _hand_on(bytes(n for n in numbers if n != signal.SIGINT or n not in self.order), self._others)
         self._reader.close()
 
     def answered(self) -> None:
@@ -86,7 +89,7 @@ class Requests:
         if _Open.requests is not self:
             return
         _Open.requests = None
-        signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(self._others, warn_on_full_buffer=False)
         _handle(handlers)
         self._writer.shutdown(socket.SHUT_RDWR)  # also of copies in forked processes: the thread reads that it is over
         self._writer.close()
@@ -143,19 +146,17 @@ def _check_free() -> None:
             "`preemption` must be called once, but signals are noted already. Use what the first call returned, or"
             " close() it."
         )
-    other = signal.set_wakeup_fd(-1)
-    if other != -1:
-        signal.set_wakeup_fd(other)
-        raise ConfigError(
-            "`preemption` must have the process's wake-up descriptor for signals to itself, but something uses it"
-            " (asyncio's add_signal_handler does). Call it outside of the event loop."
-        )
 
 
 def _handle(handlers: dict[signal.Signals, Any]) -> None:
     for number, handler in handlers.items():
         # None: what was there was not set by Python, and cannot be set again by it
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _hand_on(numbers: bytes, descriptor: int) -> None:
+    with suppress(OSError):  # it is full, as the kernel's own writes would find it, or its owner has gone
+        os.write(descriptor, numbers)
 
 
 def _end(number: signal.Signals) -> None:
