@@ -25,7 +25,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--devices", default="auto")
     parser.add_argument("--strategy", default="auto")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--signal", default="SIGTERM")
+    parser.add_argument("--number", default="SIGTERM")
     parser.add_argument("--to", choices=("one", "all", "parent", "family", "nobody"), default="one")
     parser.add_argument("--at", type=int, default=3, help="step")
     parser.add_argument("--during", choices=("forward", "backward", "save"), default="forward")
@@ -46,7 +46,7 @@ class Sender:
     def now_in(self, what: str) -> None:
         if self.sends and what == self.args.during and self.step == self.args.at and self.args.to != "nobody":
             self.sends = False
-            number = getattr(signal, self.args.signal)
+            number = getattr(signal, self.args.number)
             if self.args.to == "family":  # this rank's session: its workers, and the ranks that it started
                 subprocess.run(["sh", "-c", f"kill -{number:d} -{os.getpgrp()}"], check=False)
             else:

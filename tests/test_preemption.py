@@ -252,8 +252,8 @@ def loads(path: Path) -> int:
         pytest.param((), ["--devices", "1", "--during", "save", "--asynchronous"], 75, 3, id="a save", marks=FULL),
         pytest.param(TORCHRUN, ["--strategy", "fsdp", "--asynchronous"], 1, 4, id="torchrun, rank 1", marks=FULL),
         pytest.param(TORCHRUN, ["--to", "parent", "--workers", "1"], 1, None, id="agent, workers", marks=FULL),
-        pytest.param((), ["--devices", "2", "--to", "all", "--signal", "SIGUSR1"], 75, 4, id="all", marks=FULL),
-        pytest.param(HANDS_ON, ["--to", "parent", "--signal", "SIGUSR1"], 1, None, id="agent, SIGUSR1", marks=FULL),
+        pytest.param((), ["--devices", "2", "--to", "all", "--number", "SIGUSR1"], 75, 4, id="all", marks=FULL),
+        pytest.param(HANDS_ON, ["--to", "parent", "--number", "SIGUSR1"], 1, None, id="agent, SIGUSR1", marks=FULL),
     ],
 )
 def test_all_ranks_stop_and_save(
@@ -356,7 +356,7 @@ def stand_in(folder: Path, status: int = 0) -> str:
 def test_requeue(tmp_path: Path, number: str, refused: int, called: str | None) -> None:
     job = {"SLURM_JOB_ID": "48", "SLURM_ARRAY_JOB_ID": "41", "SLURM_ARRAY_TASK_ID": "7"}
     path = stand_in(tmp_path / "bin", refused)
-    ended = Stopped(tmp_path, SCRIPT, tmp_path, "--devices", "2", "--signal", number, "--requeue", PATH=path, **job)
+    ended = Stopped(tmp_path, SCRIPT, tmp_path, "--devices", "2", "--number", number, "--requeue", PATH=path, **job)
     assert (ended.status, ended.steps) == (75, [4, 4]), ended.err
     file = tmp_path / "bin" / "called"
     assert (file.read_text() if file.exists() else None) == called
