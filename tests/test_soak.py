@@ -170,17 +170,22 @@ def wait_for(file: Path, agents: "list[subprocess.Popen[str]]", limit: float = 9
         time.sleep(0.05)
 
 
+def one_or_two_machines(last_call_s: int) -> tuple[str, ...]:
+    """A rendezvous on the loopback. Once there is one machine, it waits so many seconds for the other."""
+    return (
+        *("--nnodes", "1:2", "--nproc-per-node", "2", "--max-restarts", "3", "--local-addr", "127.0.0.1"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "soak"),
+        *("--rdzv-conf", f"last_call_timeout={last_call_s},keep_alive_interval=1,keep_alive_max_attempt=3"),
+    )
+
+
 @FULL
 @pytest.mark.timeout(400)
 def test_a_machine_goes_and_the_rest_goes_on(tmp_path: Path) -> None:
     """Two agents of torchrun, two ranks each. One and its ranks are killed; the other two take over their part."""
     whole, rest = tmp_path / "whole", tmp_path / "rest"
     assert soak(whole, 4, [], "--steps", 60) == 0, log_of(whole)
-    launcher = (
-        *("--nnodes", "1:2", "--nproc-per-node", "2", "--max-restarts", "3", "--local-addr", "127.0.0.1"),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "soak"),
-        *("--rdzv-conf", "last_call_timeout=15,keep_alive_interval=1,keep_alive_max_attempt=3"),
-    )
+    launcher = one_or_two_machines(last_call_s=15)
     options = ("--steps", 60, "--sleep", 0.1)
     with torchrun(rest, *options, launcher=launcher) as stays:
         time.sleep(2)  # the first agent there serves the rendezvous
@@ -192,3 +197,25 @@ def test_a_machine_goes_and_the_rest_goes_on(tmp_path: Path) -> None:
     assert steps_of(rest)[-1]["ranks"] == 2
     check_epochs(rest, 60)
     assert losses_of(rest) == pytest.approx(losses_of(whole), rel=SAME)
+
+
+@FULL
+@pytest.mark.timeout(400)
+def test_a_machine_comes_and_takes_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun stops the ranks for it by SIGTERM: they save, and no step is lost."""
+    # By default an agent that was there tells where the ranks meet in its first round alone: one that comes later waits
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    whole, grows = tmp_path / "whole", tmp_path / "grows"
+    assert soak(whole, 4, [], "--steps", 60) == 0, log_of(whole)
+    launcher = one_or_two_machines(last_call_s=5)
+    options = ("--steps", 60, "--sleep", 0.5, "--save-every", 1000)  # saved for the other machine alone
+    with torchrun(grows, *options, launcher=launcher) as first:
+        wait_for(grows / "steps" / "3.json", [first])
+        with torchrun(grows, *options, launcher=launcher) as second:
+            assert first.wait(200) == 0, log_of(grows)
+            assert second.wait(60) == 0, log_of(grows)
+    ranks = [step["ranks"] for step in steps_of(grows)]
+    assert ranks == sorted(ranks)
+    assert (ranks[0], ranks[-1]) == (2, 4)
+    check_epochs(grows, 60)
+    assert losses_of(grows) == pytest.approx(losses_of(whole), rel=SAME)
