@@ -7,7 +7,7 @@
     python examples/train_gpt.py --strategy deepspeed --devices 2             # ZeRO stage 3
     python examples/train_gpt.py --precision bf16-mixed --data book.txt       # a text of your own
     python examples/train_gpt.py --save-every 50                              # every 50 steps, beside the training
-    python examples/train_gpt.py --resume runs/gpt/latest                     # go on from the newest of these
+    python examples/train_gpt.py --save-every 50 --resume auto                # and go on from the newest, if any
     python examples/train_gpt.py --resume runs/gpt/checkpoint --steps 400     # go on from the end
     torchrun --nproc-per-node 2 examples/train_gpt.py --strategy fsdp --devices 2
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -46,7 +47,10 @@ def parse_args() -> argparse.Namespace:
     files = parser.add_argument_group("files")
     files.add_argument("--data", type=Path, help="any text; default: the language reference that Python ships")
     files.add_argument("--out", type=Path, default=Path("runs/gpt"), help="folder for the checkpoint")
-    files.add_argument("--resume", type=Path, help="a checkpoint to go on from; it also gives the model's shape")
+    files.add_argument(
+        "--resume",
+        help="a checkpoint to go on from, which also gives the model's shape; auto: the newest in --out, if any",
+    )
     files.add_argument(
         "--save-every", type=int, metavar="N", help="save step-N and so on in --out; keep the newest two"
     )
@@ -64,6 +68,19 @@ def parse_args() -> argparse.Namespace:
     training.add_argument("--seed", type=int, default=1337)
     training.add_argument("--log-every", type=int, default=20, help="steps between lines without a terminal")
     return parser.parse_args()
+
+
+def checkpoint_to_resume(args: argparse.Namespace) -> Path | None:
+    if args.resume != "auto":
+        return Path(args.resume) if args.resume else None
+    newest = args.out / "latest"
+    return newest if os.path.lexists(newest) else None  # a link that leads nowhere is for `load` to look into
+
+
+def shape_of_model(args: argparse.Namespace, resume: Path | None) -> GPTConfig:
+    if resume:
+        return GPTConfig(**json.loads((resume.parent / "model.json").read_text()))
+    return GPTConfig(dim=args.dim, layers=args.layers, heads=args.heads, context=args.context)
 
 
 class Windows(Dataset[tuple[Tensor, Tensor]]):
@@ -139,7 +156,7 @@ class Report:
     @property
     def loss(self) -> float:
         """Mean over the last ``log_every`` steps, on this rank."""
-        return torch.stack(tuple(self.losses)).mean().item()
+        return torch.stack(tuple(self.losses)).mean().item() if self.losses else math.nan
 
     def step(self, done: int, loss: Tensor, tokens: int) -> None:
         """``done`` steps are behind us; the last had ``loss`` and ``tokens`` tokens on this rank."""
@@ -158,18 +175,14 @@ def main() -> None:
     )
     fabric.launch()
     fabric.seed_everything(args.seed)
+    stop = fabric.preemption()
 
-    if args.resume:
-        config = GPTConfig(**json.loads((args.resume.parent / "model.json").read_text()))
-    else:
-        config = GPTConfig(dim=args.dim, layers=args.layers, heads=args.heads, context=args.context)
+    resume = checkpoint_to_resume(args)
+    config = shape_of_model(args, resume)
 
     # A resumed model is loaded over anyway: nothing is drawn for it.
-    with fabric.init_module(empty_init=True if args.resume else None):
+    with fabric.init_module(empty_init=True if resume else None):
         model = GPT(config)
-    if fabric.is_global_zero:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "model.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     parameters = sum(p.numel() for p in model.parameters())
     # AdamW divides by sqrt(variance) + eps. The usual eps is zero in float16; the smallest normal number is not.
     eps = max(1e-8, torch.finfo(next(model.parameters()).dtype).tiny)
@@ -177,6 +190,9 @@ def main() -> None:
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), eps=eps, weight_decay=0.1
     )
     model, optimizer = fabric.setup(model, optimizer)
+    if fabric.is_global_zero:  # after `setup`, where all ranks meet: they may read the same file before
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "model.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
 
     train_set, val_set = load_text(args.data, config.context)
     train_loader, val_loader = fabric.setup_dataloaders(
@@ -190,10 +206,10 @@ def main() -> None:
 
     # The loader too: a resumed run reads on with the very batch that would have been next.
     state = {"model": model, "optimizer": optimizer, "loader": train_loader, "step": 0}
-    if args.resume:
-        fabric.load(args.resume, state)
+    if resume:
+        fabric.load(resume, state)
     first = state["step"]
-    if first >= args.steps:
+    if first >= args.steps and args.resume != "auto":
         raise SystemExit(f"--steps must be more than the {first} of the checkpoint, but is {args.steps}.")
 
     batches = forever(train_loader)
@@ -217,8 +233,11 @@ def main() -> None:
             optimizer.zero_grad()
             report.step(step + 1, total, tokens)
             state["step"] = step + 1
-            if args.save_every and state["step"] % args.save_every == 0:
+            stopping = stop.requested()  # on any rank; all get the same answer
+            if stopping or (args.save_every and state["step"] % args.save_every == 0):
                 fabric.save(args.out / f"step-{state['step']}", state, keep_last=2, asynchronous=True)
+            if stopping:
+                stop.exit()  # when that is saved, with status 75: --resume auto goes on
 
     train_loss = fabric.all_reduce(report.loss, reduce_op="mean")
     val_loss = evaluate(fabric, model, val_loader)

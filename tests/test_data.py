@@ -643,6 +643,47 @@ def test_another_set_up_goes_on_with_the_next_sample(
 
 
 @settings(deadline=None)
+@given(
+    st.integers(1, 80),
+    st.lists(st.tuples(SETUPS, st.integers(0, 6)), min_size=2, max_size=6),
+    st.booleans(),
+    st.booleans(),
+)
+def test_any_number_of_restarts(
+    length: int, runs: list[tuple[tuple[int, int], int]], shuffle: bool, drop_last: bool
+) -> None:
+    """Run after run, each with ranks and batches of its own, stopped after some steps, until the pass is through."""
+    seen: list[int] = []
+    state: Any = None
+    left, fill = False, 0
+    for number, ((replicas, batch), steps) in enumerate((*runs, ((2, 2), length))):
+        plain = [
+            DataLoader(Seen(length), batch_size=batch, shuffle=shuffle, drop_last=drop_last) for _ in range(replicas)
+        ]
+        loaders = [rank_loader(loader, replicas, rank, number) for rank, loader in enumerate(plain)]
+        for loader in loaders:
+            if state is not None:
+                loader.load_state_dict(state)
+        parts = [taken(loader, steps) for loader in loaders]
+        seen += flat([flat(list(step)) for step in zip(*parts, strict=True)])
+        states = [loader.state_dict() for loader in loaders]
+        assert all(other == states[0] for other in states), "whichever rank saves"
+        state, fill = states[0], max(fill, replicas - 1)
+        if state["epoch"] != 0 or state["seen"] == length:
+            left = True
+            break
+    counts = Counter(seen)
+    if drop_last:
+        assert max(counts.values(), default=1) == 1
+        most = max(replicas * (batch + 1) for (replicas, batch), _ in (*runs, ((2, 2), 0)))
+        assert length - len(counts) < most
+    else:
+        assert left
+        assert set(counts) == set(range(length)), "none lost"
+        assert sum(counts.values()) - length <= fill, "none twice, but for what fills up the last batch of all"
+
+
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=12), st.integers(1, 3), st.integers(1, 3), st.data())
 def test_batch_samplers_go_on(sizes: list[int], saved: int, loaded: int, draw: st.DataObject) -> None:
     def loaders_of(replicas: int) -> list[Any]:

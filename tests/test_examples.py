@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -51,3 +52,32 @@ def test_resuming_gives_the_run_that_never_stopped(strategy: str, tmp_path: Path
     saved = ["--resume", str(tmp_path / "step-2"), "--out", str(tmp_path / "rest")]
     rest = script("train_gpt.py", *where, *SMALL, "--strategy", strategy, *saved)
     assert re.findall(r"loss (\d+\.\d+)", whole)[-1] == re.findall(r"loss (\d+\.\d+)", rest)[-1]
+
+
+def test_it_stops_when_asked_and_goes_on(tmp_path: Path) -> None:
+    """On SIGTERM to one process; then by the same command on one rank, until no steps are left."""
+    where = ["--accelerator", "cpu", "--strategy", "ddp", "--out", str(tmp_path), "--log-every", "1"]
+    size = [*SMALL, "--batch-size", "2", "--steps", "60", "--resume", "auto"]
+    command = [sys.executable, "-u", str(ROOT / "examples" / "train_gpt.py"), *where, *size, "--devices", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step    3/"):
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.communicate(timeout=100)[0]
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 75
+    last = int(re.findall(r"step +(\d+)/60", line + rest)[-1])
+    assert 4 <= last < 60
+    assert (tmp_path / "latest").resolve().name == f"step-{last}"
+    for first in (f"step {last + 1:4d}/60", None):
+        output = script("train_gpt.py", *where, *size, "--devices", "1")
+        assert next(iter(re.findall(r"step +\d+/60", output)), None) == first
+        assert "validation loss" in output
+        if first is not None:
+            (tmp_path / "latest").unlink()
+            (tmp_path / "latest").symlink_to("checkpoint")

@@ -16,6 +16,7 @@ FLOORS = {
     1: ("birth", "boxes", "shards", "stored", "stretch", "seed"),
     2: (
         "strategy",
+        "agreement",
         "module_state",
         "collectives",
         "gradients",
@@ -28,7 +29,7 @@ FLOORS = {
         "launch",
     ),
     3: ("strategies", "module", "checkpoint"),
-    4: ("registry", "arguments", "books", "checks", "entries"),
+    4: ("registry", "arguments", "books", "checks", "entries", "preemption"),
     5: ("fabric",),
     6: ("", "cli", "__main__"),
 }

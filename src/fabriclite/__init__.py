@@ -15,6 +15,7 @@ from fabriclite.errors import (
 )
 from fabriclite.fabric import Fabric
 from fabriclite.precision import Precision
+from fabriclite.preemption import Preemption
 from fabriclite.strategies.configs import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -40,6 +41,7 @@ __all__ = [
     "ModelParallelStrategy",
     "NonFiniteGradientError",
     "Precision",
+    "Preemption",
     "Safetensors",
     "SaveHandle",
     "SetupOrderError",

@@ -20,6 +20,7 @@ from fabriclite.collectives import broadcast
 from fabriclite.data_passes import Reading, checked, parts_of, passes_of
 from fabriclite.data_samplers import EpochSampler, ShardedSampler
 from fabriclite.errors import ConfigError, SetupOrderError
+from fabriclite.launch.signals import shielded
 from fabriclite.seed import worker_init
 from fabriclite.world import World
 
@@ -181,6 +182,8 @@ class FabricDataLoader:
         return type(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
+        if self._loader.num_workers > 0:
+            self._loader.worker_init_fn = shielded(self._loader.worker_init_fn)
         return Reading(self._passes, self._arrived)
 
     def _arrived(self, batch: Any) -> Any:

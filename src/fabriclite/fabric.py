@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from fabriclite import _torch, arguments, checks, collectives, optim, seed
+from fabriclite import _torch, arguments, checks, collectives, optim, preemption, seed
 from fabriclite import data as loaders
 from fabriclite.birth import session
 from fabriclite.birth.plan import enter
@@ -19,8 +19,9 @@ from fabriclite.checkpoint.formats import Format, Safetensors
 from fabriclite.checkpoint.report import LoadReport
 from fabriclite.checkpoint.saving import SaveHandle, Saver, wait_for_all
 from fabriclite.errors import ConfigError, SetupOrderError
-from fabriclite.launch import process_group, workers
+from fabriclite.launch import process_group, signals, workers
 from fabriclite.launch.choose import Situation, choose
+from fabriclite.launch.determinism import Deterministic, make_deterministic
 from fabriclite.module import FabricModule
 from fabriclite.precision import Precision, PrecisionInput
 from fabriclite.registry import resolve
@@ -48,6 +49,8 @@ class Fabric:
         plugins: ``None``, or a :class:`~fabriclite.Precision` instead of ``precision``.
         callbacks: objects whose methods :meth:`call` runs.
         loggers: objects with ``log_metrics(metrics, step)``.
+        deterministic: ``True``: an operation that could give other bits another time is an error, ``"warn"``: a
+            warning. It holds for the whole process, also after; the processes that :meth:`launch` starts get it too.
 
     Raises:
         ConfigError: an argument has no meaning, or two contradict each other.
@@ -65,6 +68,7 @@ class Fabric:
         plugins: Any = None,
         callbacks: Any = None,
         loggers: Any = None,
+        deterministic: Deterministic = False,
     ) -> None:
         self._arguments = dict(
             accelerator=accelerator,
@@ -75,7 +79,9 @@ class Fabric:
             plugins=plugins,
             callbacks=callbacks,
             loggers=loggers,
+            deterministic=deterministic,
         )
+        make_deterministic(deterministic)
         arguments.check_loggers(arguments.as_list(loggers))
         self._callbacks = arguments.as_list(callbacks)
         self._loggers = arguments.as_list(loggers)
@@ -585,6 +591,28 @@ class Fabric:
 
         return parts_of(state, self._running, self._books)
 
+    # -- going on --------------------------------------------------------------
+    def preemption(
+        self, signals: Sequence[int] = signals.DEFAULT, *, every: int = 1, requeue: bool = False
+    ) -> preemption.Preemption:
+        """Note signals that ask the run to stop, so that it stops between two steps. Every rank must call this.
+
+        Ask ``requested()`` of the result after each step, and, when it is true, save and call its ``exit()``: the
+        process ends with status 75. A signal to any rank is enough. SIGTERM or SIGINT a second time (more than two
+        seconds later) ends the process at once. Handlers of yours are called as well, and are back after ``close()``.
+
+        Args:
+            signals: which.
+            every: look only at each such call of ``requested()``, where steps take microseconds.
+            requeue: have SLURM start the job again, unless it was SIGTERM or SIGINT that asked.
+
+        Raises:
+            ConfigError: a signal cannot be handled, ``every`` is no count, or this is not the main thread.
+            SetupOrderError: ``launch`` is missing, or signals are noted already.
+            WorldError: ``requeue`` is asked for where there is no SLURM.
+        """
+        return preemption.watch(self._ready_world, self._config.timeout, signals, every, requeue)
+
     # -- small help ------------------------------------------------------------
     def to_device(self, obj: Any) -> Any:
         """Move a module, a tensor or a tree of tensors to this process's device."""
@@ -641,4 +669,5 @@ def _run_in_worker(
     fabric = Fabric(**arguments)
     result = function(fabric, *args, **kwargs)
     wait_for_all()  # this process may end without the interpreter's own waiting
+    preemption.close_all()
     return result

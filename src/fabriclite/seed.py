@@ -19,19 +19,24 @@ class _Chosen:
     workers: bool = False
 
 
-def seed_everything(seed: int | None = None, workers: bool | None = None, verbose: bool = True) -> int:
+def seed_everything(
+    seed: int | None = None, workers: bool | None = None, verbose: bool = True, *, rank: int | None = None
+) -> int:
     """Seed Python, NumPy and torch (all devices) of this process.
 
     Args:
         seed: in ``[0, 2**32)``; ``None`` draws one.
         workers: also give each worker process of each rank's data loaders a stream of its own.
         verbose: print a seed that was drawn, so that the run can be repeated.
+        rank: ``None`` gives every rank the same numbers, which models and loaders want: then no rank has to send its
+            own to the others. ``rank=fabric.global_rank`` gives each a stream of its own, for noise, masks or
+            augmentation; call it after model and loaders are set up.
 
     Returns:
-        The seed.
+        The seed; the one given, also with ``rank``.
 
     Raises:
-        ConfigError: the seed is out of range.
+        ConfigError: the seed is out of range, or the rank is none.
     """
     if seed is None:
         seed = random.SystemRandom().randrange(_LIMIT)
@@ -39,9 +44,12 @@ def seed_everything(seed: int | None = None, workers: bool | None = None, verbos
             print(f"Seed drawn: {seed}")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _LIMIT:
         raise ConfigError(f"`seed` must be a whole number in [0, 2**32), but is {seed!r}.")
-    random.seed(seed)
-    torch.manual_seed(seed)
-    np.random.seed(seed)
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 0):
+        raise ConfigError(f"`rank` must be None or a rank, as fabric.global_rank is, but is {rank!r}.")
+    own = seed if rank is None else random.Random(f"{seed}/{rank}").getrandbits(32)  # a str seeds by its hash in full
+    random.seed(own)
+    torch.manual_seed(own)
+    np.random.seed(own)
     _Chosen.workers = bool(workers)
     return seed
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import reference
-from fabriclite import Fabric
+from fabriclite import ConfigError, Fabric
 from reference import STEPS, Case
 from test_matrix import cases, train
 from worlds import STRATEGIES
@@ -40,3 +40,10 @@ def test_init_module_creates_on_the_device(strategy: Any) -> None:
         module = torch.nn.Linear(4, 4)
     assert module.weight.device.type == "cuda"
     assert module.weight.dtype == torch.float16
+
+
+def test_determinism_comes_before_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.zeros((), device="cuda")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with pytest.raises(ConfigError, match=r"`deterministic` must be asked for before CUDA starts, .* but it has"):
+        Fabric(accelerator="cuda", devices=1, deterministic=True)

@@ -6,7 +6,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, but not in its __all__
+from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]  # public, but not in its __all__
+from torch.distributed.rendezvous import rendezvous
 
 from fabriclite.errors import ConfigError, WorldError
 from fabriclite.launch import parent
@@ -48,7 +49,15 @@ def _meet(world: World, backend: str, timeout: timedelta) -> None:
             f"{' and '.join(missing)} must be set for {world.size} processes to meet, but the environment lacks"
             f" {'them' if len(missing) > 1 else 'it'}. Launch with torchrun, which sets them."
         )
-    dist.init_process_group(backend, init_method="env://", rank=world.rank, world_size=world.size, timeout=timeout)
+    store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
+    dist.init_process_group(
+        backend, store=PrefixStore(_attempt(), store), rank=world.rank, world_size=world.size, timeout=timeout
+    )
+
+
+def _attempt() -> str:
+    """A prefix that keeps this attempt apart: torchrun's store still holds the addresses of ranks that have ended."""
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def check_backend(name: object) -> None:
