@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from fabriclite.devices import Machine, pick_accelerator, pick_devices, summary
 from fabriclite.errors import ConfigError, WorldError
+from fabriclite.launch import process_group
 from fabriclite.precision import NAMES, Precision
 from fabriclite.strategy import StrategyConfig
 from fabriclite.world import World, described_by, from_env, local_size
@@ -99,6 +100,11 @@ def this_world(accelerator: object, devices: object, num_nodes: object, env: Map
 def is_launched() -> bool:
     """Whether a launcher, or an earlier ``launch``, has described this process."""
     return described_by(os.environ)
+
+
+def record_failures() -> None:
+    """From now on, if a launcher has described this process as one of several."""
+    process_group.expect(os.environ)
 
 
 def world_of_this_process(accelerator: object, devices: object, num_nodes: object) -> World:

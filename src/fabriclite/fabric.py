@@ -19,7 +19,7 @@ from fabriclite.checkpoint.formats import Format, Safetensors
 from fabriclite.checkpoint.report import LoadReport
 from fabriclite.checkpoint.saving import SaveHandle, Saver, wait_for_all
 from fabriclite.errors import ConfigError, SetupOrderError
-from fabriclite.launch import process_group, workers
+from fabriclite.launch import process_group, rerun, spawn
 from fabriclite.launch.choose import Situation, choose
 from fabriclite.module import FabricModule
 from fabriclite.precision import Precision, PrecisionInput
@@ -66,6 +66,7 @@ class Fabric:
         callbacks: Any = None,
         loggers: Any = None,
     ) -> None:
+        arguments.record_failures()
         self._arguments = dict(
             accelerator=accelerator,
             strategy=strategy,
@@ -172,12 +173,13 @@ class Fabric:
         )
         way = choose(situation, self._config.start_method)
         if way == "rerun":
-            workers.rerun_script(self._world.size)
+            rerun.rerun_script(self._world.size, self._config.timeout)
             self._strategy = self._start()
         elif way != "nothing":
             assert function is not None  # `choose` raised otherwise
             work = (self._arguments, seed.carried(), function, args, kwargs)
-            return workers.run_function(_run_in_worker, work, {}, self._world.size, way)  # type: ignore[no-any-return]
+            size, timeout = self._world.size, self._config.timeout
+            return spawn.run_function(_run_in_worker, work, {}, size, way, timeout)  # type: ignore[no-any-return]
         return None if function is None else function(self, *args, **kwargs)
 
     def _start(self) -> Strategy:
@@ -186,6 +188,7 @@ class Fabric:
                 self._world,
                 self._config.process_group_backend,
                 self._config.timeout,
+                {"strategy": type(self._config).__name__, "precision": self._precision.name},
             )
         return self._config.build(world=self._world, precision=self._precision)
 
