@@ -80,9 +80,9 @@ class Fabric:
         arguments.check_loggers(arguments.as_list(loggers))
         self._callbacks = arguments.as_list(callbacks)
         self._loggers = arguments.as_list(loggers)
-        self._precision = arguments.one_precision(precision, plugins)
+        self._precision = arguments.wished_precision(precision, plugins)
         self._world = arguments.world_of_this_process(accelerator, devices, num_nodes)
-        self._config = resolve(strategy, self._world.size)
+        self._config = resolve(arguments.wished_strategy(strategy, self._world.size), self._world.size)
         self._config.check_world(self._world.size)
         arguments.check_precision(self._precision, self._config)
         self._num_nodes = num_nodes

@@ -36,18 +36,19 @@ _FRAMES: Final = 4
 
 def failure_of(error: BaseException, me: Member, size: int) -> Failure:
     """``error``, which nobody caught, as the failure of ``me``."""
-    interrupted = isinstance(error, KeyboardInterrupt)
+    interrupted, late = isinstance(error, KeyboardInterrupt), is_late(error)
     return Failure(
         rank=me.rank,
         size=size,
         host=me.host,
         pid=me.pid,
         at=time.time(),
-        kind="interrupted" if interrupted else "hung" if is_late(error) else "raised",
+        kind="interrupted" if interrupted else "hung" if late else "raised",
         line="interrupted" if interrupted else one_line(error),
         text="" if interrupted else trace(error),
         status=INTERRUPTED if interrupted else 1,
         by=me.rank,
+        follows=not late and from_peers(error),
     )
 
 

@@ -61,13 +61,8 @@ def read(folder: Path) -> list[Told]:
 
 
 def any_preempted(folder: Path) -> bool:
-    return (folder / _PREEMPTED).exists()
-
-
-def clear(folder: Path) -> None:
-    """Forget what an earlier attempt told."""
-    for file in folder.glob("rank-*.json"):
-        file.unlink(missing_ok=True)
+    """Whether a rank of any attempt wants to be started again."""
+    return any(folder.glob(f"**/{_PREEMPTED}"))
 
 
 def _for_torchrun(told: Told, page: str) -> str:

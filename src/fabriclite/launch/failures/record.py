@@ -29,6 +29,7 @@ class Failure:
         text: the traceback, or nothing.
         status: exit status of the run that this means.
         by: the rank that recorded it: itself, or one that noticed.
+        follows: it may only say that another rank is gone, of which nothing was known.
     """
 
     rank: int
@@ -41,6 +42,7 @@ class Failure:
     text: str = ""
     status: int = 1
     by: int = -1
+    follows: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -2,13 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from fabriclite.launch.failures.page import page
 from fabriclite.launch.failures.record import PREEMPTED, Failure, Note, Told, of_status, shell_status
-
-_SOON_S: Final = 1.0
-"""A rank that ended without a word at most so long after the first known failure came before it: others noticed it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +52,7 @@ def judge(told: Sequence[Told], exits: Sequence[Exit], host: str, size: int) -> 
     if first is not None and first.kind == "vanished":
         known = [e for e in exits if e.rank == first.rank and e.status]
         first = _of_exit(known[0], host, size, first.at) if known else first
-    elif wordless and (first is None or (first.kind != "interrupted" and wordless[0].at < first.at + _SOON_S)):
+    elif wordless and (first is None or first.follows):
         first = _of_exit(wordless[0], host, size, wordless[0].at)
     if first is None:
         return None
