@@ -2,7 +2,8 @@
 
     python failing.py FOLDER WHERE HOW RANK DEVICES [METHOD]
 
-Each rank writes its process into FOLDER as it starts, and the failing one when it fails, in seconds since 1970.
+Each rank writes its process into FOLDER as it starts, and the failing one when it fails, in seconds since 1970. It
+fails in the first attempts, as many as the file FOLDER/failures says.
 """
 
 import os
@@ -13,13 +14,15 @@ from pathlib import Path
 
 FOLDER, WHERE, HOW, RANK, DEVICES = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
 METHOD = sys.argv[6] if len(sys.argv) > 6 else "auto"
-TIMEOUT_S = 5.0
+TIMEOUT_S = 600.0 if WHERE == "blocked" else 5.0
 ATTEMPT = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def here(where: str) -> None:
     """Fail, if this is where and this the rank."""
-    if where != WHERE or int(os.environ.get("RANK", "0")) != RANK or not (FOLDER / "armed").exists():
+    if where != WHERE or int(os.environ.get("RANK", "0")) != RANK:
+        return
+    if int(ATTEMPT) >= int((FOLDER / "failures").read_text()):
         return
     (FOLDER / "at").write_text(str(time.time()))
     if HOW == "raise":
@@ -28,6 +31,8 @@ def here(where: str) -> None:
         os._exit(3)
     if HOW == "quit":
         sys.exit(4)
+    if HOW == "nothing":
+        return
     os.kill(os.getpid(), signal.SIGKILL if HOW == "kill" else signal.SIGSTOP)
 
 
@@ -76,13 +81,18 @@ def train(fabric: Fabric) -> str:
         optimizer.zero_grad()
     here("save")
     fabric.save(FOLDER / "checkpoint", {"model": model, "optimizer": optimizer})
-    if WHERE == "sleep":
-        (FOLDER / "asleep").touch()
-        time.sleep(600)
-    if WHERE == "alone" and fabric.global_rank == RANK:
-        here("alone")
-    if WHERE == "alone":
+    if WHERE == "preempted":
+        raise SystemExit(75)
+    if WHERE == "asleep":
+        here("asleep")
+        (FOLDER / f"asleep-{fabric.global_rank}").touch()
         time.sleep(600)  # in no collective that would tell
+    if WHERE == "blocked" and fabric.global_rank == RANK:
+        (FOLDER / f"asleep-{fabric.global_rank}").touch()
+        time.sleep(600)
+    if WHERE == "blocked":
+        (FOLDER / f"asleep-{fabric.global_rank}").touch()
+        fabric.barrier()
     here("exit")
     return "trained"
 

@@ -262,7 +262,8 @@ class Fabric:
 
         Raises:
             SetupOrderError: ``launch`` is missing, something was set up already, or an optimizer holds state.
-            ConfigError: an argument is of the wrong kind, or an optimizer steps other parameters.
+            ConfigError: an argument is of the wrong kind, an optimizer steps other parameters, or the model differs
+                between ranks.
             MaterializeError: a parameter has no value.
         """
         from fabriclite.birth.settle import settled
@@ -280,6 +281,7 @@ class Fabric:
         module = _torch.compile_in_place(module)
         bindings = optim.bind(module)
         with settled(module, strategy.home(move_to_device), strategy.precision, optimizers) as (module, births):
+            checks.same_on_all(strategy.world, module)
             promise, born = Promise.of(module, births), bool(births)
             engine, stepping = strategy.setup(module, births, optimizers)
             if strategy.sharded and born:

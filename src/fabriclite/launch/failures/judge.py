@@ -1,5 +1,6 @@
 """What an exception or a stack means for the run. Pure but for the clock."""
 
+import multiprocessing
 import os
 import re
 import time
@@ -16,7 +17,11 @@ from fabriclite.launch.failures.members import Member
 from fabriclite.launch.failures.record import INTERRUPTED, Failure
 
 _OURS: Final = str(Path(__file__).parents[2]) + os.sep
-_NOT_THE_USERS: Final = (os.path.dirname(torch.__file__) + os.sep, _OURS, "<frozen ")
+_NOT_THE_USERS: Final = (
+    *(os.path.dirname(module.__file__) + os.sep for module in (torch, multiprocessing)),
+    _OURS,
+    "<frozen ",
+)
 _STARTING: Final = (
     os.path.join(_OURS, "launch", "rank.py"),
     os.path.join(_OURS, "launch", "spawn.py"),

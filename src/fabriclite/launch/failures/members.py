@@ -11,7 +11,7 @@ from functools import cache
 from typing import Final, Literal
 
 State = Literal["runs", "stopped", "gone"]
-_LONGER_S: Final = 6.0
+LONGER_S: Final = 6.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,7 @@ class StoppedTooLong:
     """
 
     def __init__(self, timeout: timedelta) -> None:
-        self._limit_s = timeout.total_seconds() + _LONGER_S
+        self._limit_s = timeout.total_seconds() + LONGER_S
         self._since: dict[int, float] = {}
 
     def look(self, members: Sequence[Member]) -> list[tuple[Member, str]]:

@@ -32,6 +32,8 @@ _HANDLERS_S: Final = 3.0
 """How long exit handlers of the user's may take once a rank has failed."""
 _SWEEP_S: Final = 5.0
 """How long ranks of this machine may take to end by themselves."""
+_LINGER_S: Final = 1.0
+"""How long a rank that has done its work waits for those of its machine to have as well."""
 _LOOK_S: Final = 0.1
 GRACE_S: Final = 2.0
 """How long the main thread may take to fail by itself after another rank's failure is known."""
@@ -75,8 +77,7 @@ class Watch:
         own = judge.failure_of(error, self.me, self.size)
         doing = judge.users_lines(traceback.extract_tb(error.__traceback__))
         first = self._await_cause() if judge.from_peers(error) else None
-        if own.kind == "hung" and first is None:
-            self._end_stopped()
+        self._see_stopped()
         self.close(first or self.claim(own), own, self.note(line=own.line, doing=doing))
 
     def ended(self, status: int, error: SystemExit) -> NoReturn:
@@ -98,9 +99,12 @@ class Watch:
     def noticed(self, first: Failure) -> NoReturn:
         """Another rank has failed, and the main thread does not know: let it fail by itself, else end."""
         doing = "" if first.kind in ("raised", "interrupted") else self.doing()
-        self._end_stopped()
+        self._see_stopped()
         note = self.note(doing=doing)
         self._say(note)
+        if self._seen:
+            self._text(self._tell(first, None, note), first)  # an agent ends us as soon as one of them has ended
+            self._end_stopped()
         time.sleep(GRACE_S)
         self.close(first, None, note)
 
@@ -153,13 +157,16 @@ class Watch:
             return self.me.rank <= 1  # rank 0, where it started the others, is asked for only when it has gone
         return not any(m.rank < self.me.rank and look(m) == "runs" for m in self.peers)
 
+    def _see_stopped(self) -> None:
+        """Stopped ranks say nothing: the lowest says it for them."""
+        if self.is_lowest:
+            stopped = [m for m in self.peers if look(m) == "stopped"]
+            self._seen |= {m.rank: f"stopped (state T), pid {m.pid} on {m.host}" for m in stopped}
+
     def _end_stopped(self) -> None:
-        """Stopped ranks say nothing, and heed no request: the lowest says it for them, and ends them."""
-        if not self.is_lowest:
-            return
+        """They heed no request either."""
         for member in self.peers:
-            if look(member) == "stopped":
-                self._seen[member.rank] = f"stopped (state T), pid {member.pid} on {member.host}"
+            if member.rank in self._seen and look(member) == "stopped":
                 _kill(member)
 
     def _sweep(self, deadline: float) -> None:
@@ -191,6 +198,12 @@ class Watch:
             with suppress(SilentError, LostError):
                 self.board.say(note)
 
+    def _tell(self, first: Failure, own: Failure | None, note: Note) -> Told:
+        """Tell who started this what is known so far."""
+        told = Told(rank=self.me.rank, first=first if self.board is not None else None, own=own, note=note)
+        self.outlet.tell(told, page(first, [note]) if own is None or first == own else own.line)
+        return told
+
     def _gather(self) -> list[Note]:
         """What the others say, when all of them have or it took too long."""
         if self.board is None:
@@ -201,7 +214,7 @@ class Watch:
             while time.monotonic() < deadline:
                 notes = [n for n in self.board.notes() if n.rank != self.me.rank]
                 silent = {m.rank for m in self.roster} - {n.rank for n in notes} - {self.me.rank}
-                silent -= {m.rank for m in self.peers if look(m) == "gone"}
+                silent -= {m.rank for m in self.peers if look(m) != "runs"}
                 if not silent - self.board.left(sorted(silent)):
                     break
                 time.sleep(_LOOK_S)
@@ -227,10 +240,9 @@ class Watch:
             closes, self._closing = not self._closing, True
         if not closes:  # another thread of this process does
             threading.Event().wait()
-        told = Told(rank=self.me.rank, first=first if self.board is not None else None, own=own, note=note)
         if first.by != self.me.rank:
             self._say(note)
-        self.outlet.tell(told, page(first, []) if own is None or first == own else own.line)
+        told = self._tell(first, own, note)
         if threading.current_thread() is not threading.main_thread():
             self._end(told, first, threading.Event())
         handled = threading.Event()
@@ -250,6 +262,7 @@ class Watch:
     def _end(self, told: Told, first: Failure, handled: threading.Event) -> NoReturn:
         begun = time.monotonic()
         text = self._text(told, first)
+        self._end_stopped()
         if threading.current_thread() is not threading.main_thread() and told.own is not None:
             handled.wait(max(0.0, begun + _HANDLERS_S - time.monotonic()))
         if self.finish is not None:
@@ -288,18 +301,27 @@ class Watch:
             time.sleep(_LOOK_S)
 
     def leave(self) -> bool:
-        """The work is done: say so, and while the store is here, wait for the others. False if a failure ends us."""
+        """The work is done: say so, and wait for others that need us. False if a failure ends us.
+
+        The process that holds the store is needed by all; and a rank of this machine that is stopped, or falls silent
+        as it ends, needs somebody to notice.
+        """
         if self._closing:
             return False
         self.left = True
         if self.board is None:
             return True
-        others = [m.rank for m in self.roster if m.rank != self.me.rank]
+        deadline = time.monotonic() + _LINGER_S
+        missing = [m.rank for m in (self.roster if self.server is not None else self.peers) if m.rank != self.me.rank]
         with suppress(SilentError, LostError):
             self.board.leave(self.me.rank)
-            while self.server is not None and len(self.board.left(others)) < len(others):
-                time.sleep(_LOOK_S)
-        return True
+            while missing:
+                missing = sorted(set(missing) - self.board.left(missing))
+                stopped = any(m.rank in missing and look(m) == "stopped" for m in self.peers)
+                if self.server is None and not stopped and time.monotonic() > deadline:
+                    break
+                time.sleep(_LOOK_S / 5)
+        return not self._closing
 
 
 def _kill(member: Member) -> None:
