@@ -18,7 +18,7 @@ from fabriclite.launch.failures.record import INTERRUPTED, Failure
 
 _OURS: Final = str(Path(__file__).parents[2]) + os.sep
 _NOT_THE_USERS: Final = (
-    *(os.path.dirname(module.__file__) + os.sep for module in (torch, multiprocessing)),
+    *(os.path.dirname(str(module.__file__)) + os.sep for module in (torch, multiprocessing)),
     _OURS,
     "<frozen ",
 )
@@ -98,5 +98,7 @@ def _inner(tb: TracebackType | None) -> TracebackType | None:
 
 def users_lines(stack: Sequence[traceback.FrameSummary]) -> str:
     """The innermost lines of a stack that are neither torch's nor ours, as a traceback prints them."""
-    own = [frame for frame in stack if not frame.filename.startswith(_NOT_THE_USERS)]
-    return "".join(traceback.format_list((own or list(stack))[-_FRAMES:]))
+    begun = max((i + 1 for i, frame in enumerate(stack) if frame.filename in _STARTING), default=0)
+    inner = list(stack[begun:])  # a forked process has its parent's before
+    own = [frame for frame in inner if not frame.filename.startswith(_NOT_THE_USERS)]
+    return "".join(traceback.format_list((own or inner)[-_FRAMES:]))
