@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fabriclite.launch import workers
+from fabriclite.launch import spawn
 
 # The fork server imports these once; each world of ranks then starts in hundredths of a second.
-workers.PRELOAD.extend(
+spawn.PRELOAD.extend(
     [
         "torch._dynamo",  # fully_shard imports it: 1.5 s in every rank
         "torch.distributed.fsdp",

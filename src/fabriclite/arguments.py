@@ -5,16 +5,22 @@ import sys
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from fabriclite.devices import Machine, pick_accelerator, pick_devices, summary
 from fabriclite.errors import ConfigError, WorldError
+from fabriclite.launch import process_group
 from fabriclite.precision import NAMES, Precision
+from fabriclite.registry import resolve
 from fabriclite.strategy import StrategyConfig
 from fabriclite.world import World, described_by, from_env, local_size
+
+STRATEGY: Final = "FABRICLITE_STRATEGY"
+PRECISION: Final = "FABRICLITE_PRECISION"
+"""Hold what the command line of ``fabriclite run`` says."""
 
 
 def as_list(value: Any) -> list[Any]:
@@ -42,6 +48,47 @@ def one_precision(precision: object, plugins: Any) -> Precision:
             f"`precision` and `plugins` must not both name a precision, but are {precision!r} and {values!r}. Keep one."
         )
     return values[0] if values else Precision.parse(precision)
+
+
+def wished_precision(precision: object, plugins: Any) -> Precision:
+    """:func:`one_precision`; what the script leaves open is as the command line says.
+
+    Raises:
+        ConfigError: script and command line say different things.
+    """
+    wish = os.environ.get(PRECISION)
+    if wish is None:
+        return one_precision(precision, plugins)
+    if precision is None and not as_list(plugins):
+        return Precision.parse(wish)
+    said = one_precision(precision, plugins)
+    if said != Precision.parse(wish):
+        raise ConfigError(_contradiction("precision", said.name, wish, "None"))
+    return said
+
+
+def wished_strategy(strategy: object, processes: int) -> object:
+    """``strategy``, or what the command line says where the script leaves it ``"auto"``.
+
+    A config of the script's agrees with the name of its kind, and is used.
+
+    Raises:
+        ConfigError: script and command line say different things.
+    """
+    wish = os.environ.get(STRATEGY)
+    if wish is None or strategy == "auto" or wish == "auto":
+        return wish if wish is not None and strategy == "auto" else strategy
+    said, wished = resolve(strategy, processes), resolve(wish, processes)
+    if type(said) is not type(wished) or (isinstance(strategy, str) and said != wished):
+        raise ConfigError(_contradiction("strategy", strategy, wish, "'auto'"))
+    return strategy
+
+
+def _contradiction(name: str, said: object, wish: str, default: str) -> str:
+    return (
+        f"`{name}` must be the same in the script and on the command line, but is {said!r} in the script and"
+        f" --{name} {wish}. Leave it {default} in the script, or leave --{name} out."
+    )
 
 
 def check_precision(precision: Precision, config: StrategyConfig) -> None:
@@ -99,6 +146,11 @@ def this_world(accelerator: object, devices: object, num_nodes: object, env: Map
 def is_launched() -> bool:
     """Whether a launcher, or an earlier ``launch``, has described this process."""
     return described_by(os.environ)
+
+
+def record_failures() -> None:
+    """From now on, if a launcher has described this process as one of several."""
+    process_group.expect(os.environ)
 
 
 def world_of_this_process(accelerator: object, devices: object, num_nodes: object) -> World:

@@ -1,12 +1,15 @@
 """What all ranks hold of a module, compared."""
 
+import hashlib
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from fabriclite import collectives
-from fabriclite.errors import MaterializeError
+from fabriclite.errors import ConfigError, MaterializeError
 from fabriclite.strategy import Strategy
+from fabriclite.world import World
 
 if TYPE_CHECKING:
     from fabriclite.birth.verify import Promise
@@ -34,3 +37,28 @@ def verify(strategy: Strategy, engine: nn.Module, promise: "Promise", at_birth: 
             f" {'; '.join(found)}. Build it inside init_module, set it up, and change it only through what setup"
             " returned."
         )
+
+
+def same_on_all(world: World, module: nn.Module) -> None:
+    """Raise unless the parameters of ``module`` are alike on all ranks: strategies send them by their order, and a rank
+    with others would wait in vain, or read one parameter as another. Every rank must call this.
+
+    Raises:
+        ConfigError: names the first that differs; on every rank.
+    """
+    if world.size == 1:
+        return
+    own = [
+        f"{name} {list(p.shape)} {str(p.dtype).removeprefix('torch.')}{'' if p.requires_grad else ' frozen'}"
+        for name, p in module.named_parameters()
+    ]
+    digest = hashlib.blake2b("\n".join(own).encode(), digest_size=16).digest()
+    if len(set(collectives.gather_objects(world, digest))) == 1:
+        return
+    told = collectives.gather_objects(world, own)
+    rank = next(rank for rank, theirs in enumerate(told) if theirs != told[0])
+    here, there = next(pair for pair in zip_longest(told[0], told[rank], fillvalue="nothing") if pair[0] != pair[1])
+    raise ConfigError(
+        f"The parameters of {type(module).__name__} must be the same on all ranks, but where rank 0 has {here}, rank"
+        f" {rank} has {there}. Build it from what all ranks know, not from the rank."
+    )

@@ -19,7 +19,7 @@ from fabriclite.checkpoint.formats import Format, Safetensors
 from fabriclite.checkpoint.report import LoadReport
 from fabriclite.checkpoint.saving import SaveHandle, Saver, wait_for_all
 from fabriclite.errors import ConfigError, SetupOrderError
-from fabriclite.launch import process_group, signals, workers
+from fabriclite.launch import process_group, rerun, signals, spawn
 from fabriclite.launch.choose import Situation, choose
 from fabriclite.launch.determinism import Deterministic, make_deterministic
 from fabriclite.module import FabricModule
@@ -70,6 +70,7 @@ class Fabric:
         loggers: Any = None,
         deterministic: Deterministic = False,
     ) -> None:
+        arguments.record_failures()
         self._arguments = dict(
             accelerator=accelerator,
             strategy=strategy,
@@ -85,9 +86,9 @@ class Fabric:
         arguments.check_loggers(arguments.as_list(loggers))
         self._callbacks = arguments.as_list(callbacks)
         self._loggers = arguments.as_list(loggers)
-        self._precision = arguments.one_precision(precision, plugins)
+        self._precision = arguments.wished_precision(precision, plugins)
         self._world = arguments.world_of_this_process(accelerator, devices, num_nodes)
-        self._config = resolve(strategy, self._world.size)
+        self._config = resolve(arguments.wished_strategy(strategy, self._world.size), self._world.size)
         self._config.check_world(self._world.size)
         arguments.check_precision(self._precision, self._config)
         self._num_nodes = num_nodes
@@ -178,12 +179,13 @@ class Fabric:
         )
         way = choose(situation, self._config.start_method)
         if way == "rerun":
-            workers.rerun_script(self._world.size)
+            rerun.rerun_script(self._world.size, self._config.timeout)
             self._strategy = self._start()
         elif way != "nothing":
             assert function is not None  # `choose` raised otherwise
             work = (self._arguments, seed.carried(), function, args, kwargs)
-            return workers.run_function(_run_in_worker, work, {}, self._world.size, way)  # type: ignore[no-any-return]
+            size, timeout = self._world.size, self._config.timeout
+            return spawn.run_function(_run_in_worker, work, {}, size, way, timeout)  # type: ignore[no-any-return]
         return None if function is None else function(self, *args, **kwargs)
 
     def _start(self) -> Strategy:
@@ -192,6 +194,7 @@ class Fabric:
                 self._world,
                 self._config.process_group_backend,
                 self._config.timeout,
+                {"strategy": type(self._config).__name__, "precision": self._precision.name},
             )
         return self._config.build(world=self._world, precision=self._precision)
 
@@ -265,7 +268,8 @@ class Fabric:
 
         Raises:
             SetupOrderError: ``launch`` is missing, something was set up already, or an optimizer holds state.
-            ConfigError: an argument is of the wrong kind, or an optimizer steps other parameters.
+            ConfigError: an argument is of the wrong kind, an optimizer steps other parameters, or the model differs
+                between ranks.
             MaterializeError: a parameter has no value.
         """
         from fabriclite.birth.settle import settled
@@ -283,6 +287,7 @@ class Fabric:
         module = _torch.compile_in_place(module)
         bindings = optim.bind(module)
         with settled(module, strategy.home(move_to_device), strategy.precision, optimizers) as (module, births):
+            checks.same_on_all(strategy.world, module)
             promise, born = Promise.of(module, births), bool(births)
             engine, stepping = strategy.setup(module, births, optimizers)
             if strategy.sharded and born:

@@ -21,8 +21,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 1 if the command failed, or 2 if its arguments contradict each other.
     """
-    arguments = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
+        if words[:1] == ["run"]:  # its options are torchrun's, and all after the script is the script's
+            from fabriclite.cli.run import run
+
+            return run(words[1:])
+        arguments = _parser().parse_args(words)
         return int(arguments.run(arguments))
     except ConfigError as error:
         return _failed(error, 2)
@@ -101,8 +106,11 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fabriclite", description="Work on what fabriclite saved, or can load.")
-    rooms = parser.add_subparsers(required=True, metavar="checkpoint")
+    parser = argparse.ArgumentParser(
+        prog="fabriclite", description="Run scripts on several processes, and work on what they saved."
+    )
+    rooms = parser.add_subparsers(required=True, metavar="run|checkpoint")
+    rooms.add_parser("run", help="run a script on several processes; see fabriclite run --help")
     room = rooms.add_parser("checkpoint", help="look at checkpoints of every kind, and convert them")
     commands = room.add_subparsers(required=True, metavar="inspect|verify|convert|consolidate")
 

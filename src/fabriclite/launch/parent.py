@@ -1,39 +1,26 @@
-"""A rank lives no longer than the process that started it, also where that one was killed."""
+"""Whether the process that started this rank is still there, also where it was killed."""
 
 import os
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Final
 
 KEY: Final = "FABRICLITE_PARENT"
-"""Holds the id of the process that re-ran the script for this rank."""
-_LOOK_S: Final = 0.5
+"""Holds the id of the process that started this rank, where that was a starter of ours."""
 
 
-def end_with_starter() -> None:
-    """In a process that was started to run the script again: end when its starter ends. Elsewhere nothing."""
-    starter = os.environ.pop(KEY, None)  # popped: what this process starts is not started by the starter
-    if starter is not None and int(starter) == os.getppid():
-        _when(lambda: _gone(int(starter)))
+def of_environment(env: MutableMapping[str, str]) -> Callable[[], bool] | None:
+    """Whether the starter that ``env`` names has ended; ``None`` if it names none, or one that is not this parent.
+
+    Its name is taken out: what this process starts is not started by that one.
+    """
+    starter = env.pop(KEY, None)
+    if starter is None or int(starter) != os.getppid():
+        return None
+    return lambda: os.getppid() != int(starter)
 
 
-def end_with(process: BaseProcess | None) -> None:
-    """In a process that multiprocessing started: end when ``process``, its parent, ends."""
-    if process is not None:
-        _when(lambda: wait([process.sentinel]))
-
-
-def _gone(starter: int) -> None:
-    while os.getppid() == starter:
-        time.sleep(_LOOK_S)
-
-
-def _when(ended: Callable[[], object]) -> None:
-    def follow() -> None:
-        ended()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+def of_multiprocessing(process: BaseProcess | None) -> Callable[[], bool] | None:
+    """Whether ``process``, which started this one by multiprocessing, has ended."""
+    return None if process is None else lambda: bool(wait([process.sentinel], timeout=0))

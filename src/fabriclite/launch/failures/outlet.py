@@ -1,0 +1,91 @@
+"""Where a rank tells its failure, for who started it."""
+
+import json
+import os
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+
+from fabriclite.launch.failures.record import Failure, Told
+
+FOLDER: Final = "FABRICLITE_FAILURES"
+"""Names the private folder of a starter of ours."""
+_ELASTIC: Final = "TORCHELASTIC_ERROR_FILE"
+_PREEMPTED: Final = "preempted"
+
+
+@dataclass(frozen=True, slots=True)
+class Outlet:
+    """Where to.
+
+    Attributes:
+        folder: of a starter of ours, which prints what it finds there; or ``None``.
+        elastic: the file that torchrun's agent prints; or ``None``.
+    """
+
+    folder: Path | None = None
+    elastic: Path | None = None
+
+    @classmethod
+    def taken_from(cls, env: MutableMapping[str, str]) -> Self:
+        """As ``env`` says. Our folder is taken out: what this process starts is not of the same starter."""
+        folder, elastic = env.pop(FOLDER, None), env.get(_ELASTIC)
+        return cls(None if folder is None else Path(folder), None if elastic is None else Path(elastic))
+
+    @property
+    def starter_prints(self) -> bool:
+        return self.folder is not None or self.elastic is not None
+
+    def tell(self, told: Told, page: str) -> None:
+        """Write what ``told`` holds; ``page`` is what torchrun shall print of it. A full disk is no further failure."""
+        try:
+            if self.folder is not None:
+                _write(self.folder / f"rank-{told.rank}.json", told.to_json())
+            if self.elastic is not None:
+                _write(self.elastic, _for_torchrun(told, page))
+        except OSError:
+            pass
+
+    def tell_preempted(self) -> bool:
+        """Say that this rank wants to be started again; whether there is a starter of ours to hear it."""
+        if self.folder is None:
+            return False
+        (self.folder / _PREEMPTED).touch()
+        return True
+
+
+def read(folder: Path) -> list[Told]:
+    """What the ranks of one start told."""
+    return [Told.from_json(file.read_text()) for file in sorted(folder.glob("rank-*.json"))]
+
+
+def any_preempted(folder: Path) -> bool:
+    """Whether a rank of any attempt wants to be started again."""
+    return any(folder.glob(f"**/{_PREEMPTED}"))
+
+
+def _for_torchrun(told: Told, page: str) -> str:
+    """The form of ``torch.distributed.elastic.multiprocessing.errors``, whose agent prints the one of lowest time.
+
+    Its times are whole seconds: what follows from the first failure is put after it.
+    """
+    own, first = told.own, told.first
+    cause = first is None or (own is not None and first == own) or first.by == told.rank
+    at = own.at if own is not None else (first.at if first is not None else 0.0)
+    after = int(at) if cause or first is None else max(int(at), int(first.at) + 1)
+    extra = {"py_callstack": page, "timestamp": str(after)}
+    return json.dumps({"message": {"message": _line(own, first), "extraInfo": extra}})
+
+
+def _line(own: Failure | None, first: Failure | None) -> str:
+    about = own or first
+    return "" if about is None else about.line
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all, and readable by this user alone."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text)
+    beside.replace(path)

@@ -1,0 +1,35 @@
+"""What a starter of this machine's ranks gives each of them."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fabriclite.launch.stores import LOOPBACK
+
+
+def worker_env(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun would write for rank ``rank`` of ``size`` on this machine, with the store served by the parent."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": LOOPBACK,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there already: rank 0 does not serve one
+    }
+
+
+def threads_each(size: int) -> int:
+    """CPU threads per process such that all of them share the machine."""
+    return max(1, len(os.sched_getaffinity(0)) // size) if hasattr(os, "sched_getaffinity") else 1
+
+
+@contextmanager
+def private_folder() -> Iterator[Path]:
+    """For what ranks tell who started them; readable by this user alone, and gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="fabriclite-", ignore_cleanup_errors=True) as name:
+        yield Path(name)  # made with mode 0700
