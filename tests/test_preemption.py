@@ -376,3 +376,46 @@ def test_requeue_needs_scontrol(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(WorldError, match=r"`requeue` must find scontrol on PATH .* but there is none\. Leave"):
         one().preemption(requeue=True)
+
+
+# -- together with failures --------------------------------------------------------------------------------------------
+
+
+def stops(fabric: Fabric) -> None:
+    stop = fabric.preemption()
+    for _ in range(10):
+        if fabric.global_rank == 1:
+            signal.raise_signal(signal.SIGUSR1)
+        if stop.requested():
+            stop.exit()
+
+
+def test_a_function_in_new_processes_ends_the_starter_too() -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(stops, "ddp", 2)
+    assert ended.value.code == 75
+
+
+FAILS = """
+import sys, time
+from pathlib import Path
+from fabriclite import Fabric
+fabric = Fabric(accelerator="cpu", strategy="ddp")
+fabric.launch()
+stop = fabric.preemption()
+stop.requested()
+if fabric.global_rank == 1:
+    time.sleep(1)
+    Path(sys.argv[1]).touch()
+    raise ZeroDivisionError("the reason")
+time.sleep(60)  # nothing tells this rank; torchrun sends it SIGTERM
+"""
+
+
+def test_a_failure_of_another_rank_is_no_request(tmp_path: Path) -> None:
+    script, stamp = tmp_path / "fails.py", tmp_path / "stamp"
+    script.write_text(FAILS)
+    ended = Stopped(tmp_path, *TORCHRUN, script, stamp)
+    assert ended.status == 1
+    assert time.time() - stamp.stat().st_mtime < 10.0
+    assert "ZeroDivisionError: the reason" in ended.err
