@@ -26,6 +26,7 @@ FLOORS = {
         "data_samplers",
         "checkpoint.parts",
         "launch",
+        "environments",
     ),
     3: ("strategies", "module", "checkpoint"),
     4: ("registry", "arguments", "books", "checks", "entries"),

@@ -22,7 +22,7 @@ import fabriclite
 from fabriclite import DDPStrategy, Fabric, LaunchError
 from fabriclite.collectives import gather_objects
 from fabriclite.launch.choose import Situation, Way, choose
-from fabriclite.launch.workers import serve_store
+from fabriclite.launch.store import serve_store
 from fabriclite.strategy import StartMethod
 from worlds import run
 

@@ -1,7 +1,6 @@
 """Joining the other processes, once."""
 
 import atexit
-import os
 from datetime import timedelta
 
 import torch
@@ -10,17 +9,25 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]  # public,
 
 from fabriclite.errors import ConfigError, WorldError
 from fabriclite.launch import parent
+from fabriclite.launch.environments.described import Described
+from fabriclite.launch.store import meeting
 from fabriclite.world import World
 
 
-def join(world: World, backend: str | None, timeout: timedelta) -> None:
+def join(world: World, found: Described, backend: str | None, timeout: timedelta) -> None:
     """Be part of the process group of ``world``; a group that exists already is used. Every rank must call this.
 
     A world of one meets nobody, so it needs no address and no port.
 
+    Args:
+        world: who this process is.
+        found: how its launcher described it: where the processes meet.
+        backend: of torch; ``None`` for the one of the device.
+        timeout: of every collective, and of meeting.
+
     Raises:
         ConfigError: this build of torch has no such backend.
-        WorldError: the existing group is of another world, or the others cannot be reached.
+        WorldError: the existing group is of another world, the others cannot be reached, or the port is in use.
     """
     if dist.is_initialized():
         if (dist.get_rank(), dist.get_world_size()) != (world.rank, world.size):
@@ -34,21 +41,9 @@ def join(world: World, backend: str | None, timeout: timedelta) -> None:
     check_backend(name)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    if world.size == 1:
-        dist.init_process_group(name, store=HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
-        _meet(world, name, timeout)
+    store = HashStore() if world.size == 1 else meeting(found, timeout)
+    dist.init_process_group(name, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     atexit.register(leave)
-
-
-def _meet(world: World, backend: str, timeout: timedelta) -> None:
-    missing = [key for key in ("MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
-    if missing:
-        raise WorldError(
-            f"{' and '.join(missing)} must be set for {world.size} processes to meet, but the environment lacks"
-            f" {'them' if len(missing) > 1 else 'it'}. Launch with torchrun, which sets them."
-        )
-    dist.init_process_group(backend, init_method="env://", rank=world.rank, world_size=world.size, timeout=timeout)
 
 
 def check_backend(name: object) -> None:

@@ -23,34 +23,17 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, 
 
 from fabriclite.errors import ConfigError, LaunchError
 from fabriclite.launch import parent
+from fabriclite.launch.environment import become
+from fabriclite.launch.environments.own import worker_env
 from fabriclite.launch.process_group import leave
+from fabriclite.launch.store import serve_store
 
-_HOST: Final = "127.0.0.1"
 _GRACE_S: Final = 10.0
 """How long ranks may take to end by themselves after another one failed, in seconds."""
 _HEAD_START_S: Final = 1.0
 """How much earlier than noticed a rank may have ended that could not say so: the others fail at once, in seconds."""
 PRELOAD: Final = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "fabriclite"]
 """What the fork server imports, once, before it starts ranks. A program that starts many worlds may add to it."""
-
-
-def worker_env(rank: int, size: int, port: int) -> dict[str, str]:
-    """What torchrun would write for rank ``rank`` of ``size`` on this machine, with the store served by the parent."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-        "GROUP_RANK": "0",
-        "MASTER_ADDR": _HOST,
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch's env:// then connects to the store and never serves it
-    }
-
-
-def serve_store(size: int) -> TCPStore:
-    """A store on a free port of the loopback, so that no two runs can ask for the same port."""
-    return TCPStore(_HOST, 0, world_size=size, is_master=True, wait_for_workers=False)
 
 
 def threads_each(size: int) -> int:
@@ -76,7 +59,7 @@ def rerun_script(size: int) -> "list[subprocess.Popen[bytes]]":
         subprocess.Popen(command, env={**os.environ, **common, **worker_env(rank, size, store.port)})
         for rank in range(1, size)
     ]
-    os.environ.update(worker_env(0, size, store.port))
+    become(worker_env(0, size, store.port))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads_each(size))
     threading.Thread(target=_watch, args=(children, store), daemon=True).start()
@@ -229,7 +212,7 @@ def _start(process: Any, method: str) -> None:
 
 def _work(writer: Connection, rank: int, env: dict[str, str], usual: _Usual, work: _Private) -> None:
     gc.freeze()  # a forked process must not run destructors of what its parent left: their threads are not here
-    os.environ.update(env)
+    become(env)
     torch.set_num_threads(usual.threads)
     mp.set_start_method(usual.start_method, force=True)
     parent.end_with(mp.parent_process())
