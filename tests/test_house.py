@@ -31,7 +31,7 @@ FLOORS = {
     3: ("strategies", "module", "checkpoint"),
     4: ("registry", "arguments", "books", "checks", "entries"),
     5: ("fabric",),
-    6: ("", "cli", "__main__"),
+    6: ("", "cli", "doctor", "__main__"),
 }
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from fabriclite.checkpoint.formats import FORMATS
+from fabriclite.cli import doctor
 from fabriclite.errors import CheckpointError, ConfigError
 
 _DTYPES = ("float16", "bfloat16", "float32")
@@ -101,8 +102,9 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fabriclite", description="Work on what fabriclite saved, or can load.")
-    rooms = parser.add_subparsers(required=True, metavar="checkpoint")
+    parser = argparse.ArgumentParser(prog="fabriclite", description="Work on checkpoints, and on the machine.")
+    rooms = parser.add_subparsers(required=True, metavar="checkpoint|doctor")
+    doctor.add_to(rooms)
     room = rooms.add_parser("checkpoint", help="look at checkpoints of every kind, and convert them")
     commands = room.add_subparsers(required=True, metavar="inspect|verify|convert|consolidate")
 
