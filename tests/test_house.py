@@ -96,7 +96,7 @@ def _top_imports(file: Path) -> list[str]:
 
 
 OWNERS = [
-    ("os.environ", ("launch", "arguments")),
+    ("os.environ", ("launch",)),
     ("set_default_dtype", ("birth",)),
     (".is_meta", ("birth",)),
     ("import deepspeed", ("strategies.deepspeed", "strategies._zero", "strategies._zero_state")),
