@@ -117,6 +117,7 @@ READ: dict[str, dict[str, Any]] = {
         node_rank=1,
         master_address="h41n03",
         master_port=15000 + 774411 % 15000,
+        own_device=True,
         run_id="774411[0]",
     ),
     "POD_MASTER": dict(
@@ -313,6 +314,7 @@ def named(name: str, env: Mapping[str, str] = recorded.SHELL) -> Described:
     return find(None, {**env, "FABRICLITE_ENVIRONMENT": name})
 
 
+ALONE = {"PMI_RANK": "0", "PMI_SIZE": "1", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "1"}
 ERRORS: dict[str, tuple[Callable[[], object], type[FabricError], str]] = {
     "sbatch without srun": (
         lambda: find(None, recorded.SBATCH),
@@ -323,6 +325,11 @@ ERRORS: dict[str, tuple[Callable[[], object], type[FabricError], str]] = {
         lambda: this_world("cpu", 2, 1, find(None, recorded.SRUN)),
         WorldError,
         "`devices` must be … launched on this machine (4) … 2 means 2 x cpu … devices='auto'",
+    ),
+    "one task against devices": (
+        lambda: this_world("cpu", 2, 1, find(None, ALONE)),
+        WorldError,
+        "(1), but 2 means 2 x cpu … launch that many. FABRICLITE_ENVIRONMENT=none has fabriclite start them",
     ),
     "slurm against num_nodes": (
         lambda: this_world("cpu", 4, 3, find(None, recorded.SRUN)),
@@ -574,17 +581,24 @@ import json, os, socket, sys
 import torch
 from fabriclite import Fabric
 
-fabric = Fabric(accelerator="cpu", strategy="ddp", num_nodes=int(sys.argv[1]), devices=int(sys.argv[2]))
-fabric.launch()
-total = fabric.all_reduce(torch.tensor(float(fabric.global_rank + 1)), reduce_op="sum").item()
+def make():
+    fabric = Fabric(accelerator="cpu", strategy=sys.argv[3], num_nodes=int(sys.argv[1]), devices=int(sys.argv[2]))
+    fabric.launch()
+    model = torch.nn.Linear(2, 1)
+    model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    fabric.backward(model(torch.ones(1, 2)).sum())
+    optimizer.step()
+    return fabric, fabric.all_reduce(torch.tensor(float(fabric.global_rank + 1)), reduce_op="sum").item()
+
+fabric, total = make()
 found = fabric.environment
-port = found.master_port
-open_elsewhere = socket.socket().connect_ex(("127.0.0.2", port)) == 0
+open_elsewhere = socket.socket().connect_ex(("127.0.0.2", found.master_port)) == 0
 ranks = [fabric.global_rank, fabric.local_rank, fabric.node_rank]
 print(json.dumps([found.name, *ranks, total, open_elsewhere, found.why]))
-fabric.barrier()
-again = Fabric(accelerator="cpu", strategy="ddp", num_nodes=int(sys.argv[1]), devices=int(sys.argv[2]))
-assert again.all_reduce(torch.tensor(1.0), reduce_op="sum").item() == 2
+if sys.argv[3] == "ddp":  # the others come to a second meeting too
+    for _ in range(2):
+        torch.distributed.destroy_process_group()
+        assert make()[1] == total
 """
 
 
@@ -642,19 +656,20 @@ class Launcher:
         name: of the environment that is found.
         variables: of both processes, given a port.
         nodes: how many machines the variables speak of.
-        open: whether other networks than the loopback may connect to the store.
+        strategy: what they train with.
     """
 
     name: str
     variables: Callable[[int], list[dict[str, str]]]
     nodes: int
-    open: bool = False
+    strategy: str = "ddp"
 
 
 LAUNCHERS = {
     "srun": Launcher("slurm", lambda _: [slurm(rank, "localhost", 2) for rank in range(2)], 1),
     "srun on two nodes": Launcher("slurm", lambda _: [slurm(rank, "127.0.0.[1-2]", 1) for rank in range(2)], 2),
     "Open MPI": Launcher("mpi", lambda _: [open_mpi(rank) for rank in range(2)], 1),
+    "Open MPI, DeepSpeed": Launcher("mpi", lambda _: [open_mpi(rank) for rank in range(2)], 1, "deepspeed"),
     "MPICH": Launcher("mpi", lambda port: [hydra(rank, port) for rank in range(2)], 1),
     "mpi4py": Launcher("mpi", lambda port: [mpi4py(rank, port) for rank in range(2)], 1),
     "jsrun": Launcher("lsf", lambda _: [jsrun(rank) for rank in range(2)], 1),
@@ -693,7 +708,7 @@ def started(commands: list[list[str]], environments: list[dict[str, str]], limit
 def test_processes_meet(case: str, tmp_path: Path) -> None:
     launcher = LAUNCHERS[case]
     (tmp_path / "meet.py").write_text(MEET)
-    command = [str(tmp_path / "meet.py"), str(launcher.nodes), str(2 // launcher.nodes)]
+    command = [str(tmp_path / "meet.py"), str(launcher.nodes), str(2 // launcher.nodes), launcher.strategy]
     before = time.monotonic()
     reports = sorted(started([command, command], launcher.variables(free_port())), key=lambda r: r[1])
     assert time.monotonic() - before < 60
@@ -718,7 +733,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 )
 def test_starters_say_who_they_are(way: tuple[str, ...], why: list[str], tmp_path: Path) -> None:
     (tmp_path / "meet.py").write_text(MEET)
-    reports = started([[*way, str(tmp_path / "meet.py"), "1", "2"]], [{}])
+    reports = started([[*way, str(tmp_path / "meet.py"), "1", "2", "ddp"]], [{}])
     assert [[report[0], report[-1]] for report in reports] == [why, why]
 
 

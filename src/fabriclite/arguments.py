@@ -112,6 +112,7 @@ def this_world(accelerator: object, devices: object, num_nodes: object, found: D
         raise WorldError(
             f"`devices` must be the number of processes that were launched on this machine ({found.local_size}), but"
             f" {devices!r} means {summary(device_for)}. Pass devices='auto', or launch that many."
+            + (" FABRICLITE_ENVIRONMENT=none has fabriclite start them." if found.size == 1 else "")
         )
     if found.local_rank not in device_for:
         raise WorldError(

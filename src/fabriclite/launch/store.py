@@ -1,6 +1,8 @@
 """Where processes meet: a store that rank 0 serves, or its launcher."""
 
+import atexit
 import errno
+import itertools
 import socket
 from datetime import timedelta
 
@@ -18,6 +20,12 @@ from fabriclite.launch.environments.described import LOOPBACK, Described
 _WAITING = 128  # connections that the system keeps until they are accepted
 
 
+_met = itertools.count()
+"""How often this process met the others: as often as each of them."""
+_served: dict[tuple[str, int], TCPStore] = {}
+"""What this process serves to others, until it ends: they may come to a second meeting before it does."""
+
+
 def serve_store(size: int) -> TCPStore:
     """A store on a free port of the loopback, so that no two runs can ask for the same port."""
     listener = _listen_on_loopback(0)
@@ -30,8 +38,8 @@ def serve_store(size: int) -> TCPStore:
 def meeting(found: Described, timeout: timedelta) -> Store:
     """The store of all processes of ``found``'s run. Each process must ask for it.
 
-    Keys have the run's name and how often it was restarted before them: what an earlier attempt left behind in a
-    launcher's store are addresses of processes that are gone.
+    Keys have the run's name, how often it was restarted, and the number of the meeting before them: what an earlier one
+    left behind in the store are addresses at which nobody listens any more.
 
     Raises:
         WorldError: the launcher told no address, the address cannot be reached, or its port is taken.
@@ -57,7 +65,7 @@ def meeting(found: Described, timeout: timedelta) -> Store:
             f"All {found.size} processes must meet at {address}:{port} within {timeout}, but: {error}. Start them all,"
             " or give the strategy a longer timeout=."
         ) from error
-    return PrefixStore(f"fabriclite/{found.run_id}/{found.restart_count}", store)
+    return PrefixStore(f"fabriclite/{found.run_id}/{found.restart_count}/{next(_met)}", store)
 
 
 def _address(found: Described) -> tuple[str, int]:
@@ -80,22 +88,21 @@ _MEND = {
 
 def _serve(address: str, port: int, size: int, timeout: timedelta) -> TCPStore:
     """A store at this address; on the loopback nobody else can connect to it. Torch alone listens to all networks."""
+    if (address, port) in _served:
+        return _served[address, port]
     listener = None
     if address == "localhost" or address.startswith("127."):
-        try:
-            listener = _listen_on_loopback(port).detach()
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise  # else torch may serve there for this very process, and have the store still
-    return TCPStore(
+        listener = _listen_on_loopback(port).detach()
+    _served[address, port] = TCPStore(
         address,
         port,
         world_size=size,
         is_master=True,
         timeout=timeout,
-        multi_tenant=True,
         master_listen_fd=listener,
     )
+    atexit.register(_served.clear)  # runs after the process group is left, which registers later
+    return _served[address, port]
 
 
 def _listen_on_loopback(port: int) -> socket.socket:

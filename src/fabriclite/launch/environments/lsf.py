@@ -47,6 +47,7 @@ class LSFEnvironment:
             node_rank=node_of(rank, size, local_rank, local_size),
             master_address=env.get("MASTER_ADDR") or (LOOPBACK if local_size == size else first_host(env)),
             master_port=variables.port() or port(env),
+            own_device=True,  # each resource set sees its own
             run_id=f"{env['LSB_JOBID']}[{env.get('LSB_JOBINDEX', '0')}]",
         )
 
