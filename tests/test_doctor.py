@@ -26,7 +26,7 @@ from fabriclite.doctor.secrets import allowed, hidden
 SECRET = "sesame-4711"
 TITLES = ["machine", "devices", "torch", "packages", "environment"]
 LAUNCHERS = {name for known in vars(recorded).values() if isinstance(known, dict) for name in known} - {"HOME", "PATH"}
-TUNING = re.compile("(TORCH_)?NCCL_|TORCH_DISTRIBUTED|GLOO_|CUDA_")
+TUNING = re.compile("(TORCH_)?NCCL_|TORCH_DISTRIBUTED|GLOO_|CUDA_|DS_|MKL_")
 
 
 @dataclass(frozen=True)
