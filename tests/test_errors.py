@@ -45,6 +45,7 @@ from fabriclite.arguments import this_world
 from fabriclite.collectives import gather_objects
 from fabriclite.devices import Machine, pick_accelerator, pick_devices
 from fabriclite.launch.choose import Situation, choose
+from fabriclite.launch.environments.choose import find
 
 # -- what the rows work with -------------------------------------------------------------------------------------------
 
@@ -155,7 +156,7 @@ def splits_half_a_tie(module: nn.Module, mesh: Any) -> nn.Module:
 
 
 def world(env: Mapping[str, str], devices: Any = "auto", num_nodes: Any = 1) -> World:
-    return this_world("cpu", devices, num_nodes, env)
+    return this_world("cpu", devices, num_nodes, find(None, env))
 
 
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}

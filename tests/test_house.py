@@ -27,11 +27,12 @@ FLOORS = {
         "data_samplers",
         "checkpoint.parts",
         "launch",
+        "environments",
     ),
     3: ("strategies", "module", "checkpoint"),
     4: ("registry", "arguments", "books", "checks", "entries", "preemption"),
     5: ("fabric",),
-    6: ("", "cli", "__main__"),
+    6: ("", "cli", "doctor", "__main__"),
 }
 
 
@@ -96,7 +97,7 @@ def _top_imports(file: Path) -> list[str]:
 
 
 OWNERS = [
-    ("os.environ", ("launch", "arguments")),
+    ("os.environ", ("launch",)),
     ("set_default_dtype", ("birth",)),
     (".is_meta", ("birth",)),
     ("import deepspeed", ("strategies.deepspeed", "strategies._zero", "strategies._zero_state")),

@@ -1,9 +1,9 @@
-"""From what a user passes to ``Fabric`` to checked values. Reads the environment once, through ``World``."""
+"""From what a user passes to ``Fabric`` to checked values."""
 
 import os
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,11 +12,13 @@ from torch.optim import Optimizer
 
 from fabriclite.devices import Machine, pick_accelerator, pick_devices, summary
 from fabriclite.errors import ConfigError, WorldError
-from fabriclite.launch import process_group
+from fabriclite.launch.environment import from_launchers
+from fabriclite.launch.environments.choose import find
+from fabriclite.launch.environments.described import Described, Environment
 from fabriclite.precision import NAMES, Precision
 from fabriclite.registry import resolve
 from fabriclite.strategy import StrategyConfig
-from fabriclite.world import World, described_by, from_env, local_size
+from fabriclite.world import World
 
 STRATEGY: Final = "FABRICLITE_STRATEGY"
 PRECISION: Final = "FABRICLITE_PRECISION"
@@ -30,19 +32,34 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
+def split_plugins(plugins: Any) -> tuple[list[Precision], Environment | None]:
+    """The precisions among ``plugins``, and the environment if they name one.
+
+    Raises:
+        ConfigError: one is neither, or two name an environment.
+    """
+    values = as_list(plugins)
+    precisions = [p for p in values if isinstance(p, Precision)]
+    others = [p for p in values if not isinstance(p, Precision)]
+    environments = [p for p in others if isinstance(p, Environment) and not isinstance(p, type)]
+    unknown = [p for p in others if p not in environments]
+    if unknown:
+        raise ConfigError(
+            "`plugins` must be None, a fabriclite.Precision or one of fabriclite.environments, but holds"
+            f" {type(unknown[0]).__name__}. Strategies are passed as strategy=..., loggers as loggers=..."
+        )
+    if len(environments) > 1:
+        raise ConfigError(f"`plugins` must name one environment at most, but holds {environments!r}. Keep one.")
+    return precisions, environments[0] if environments else None
+
+
 def one_precision(precision: object, plugins: Any) -> Precision:
     """The precision that ``precision`` or a :class:`Precision` among ``plugins`` says.
 
     Raises:
         ConfigError: unknown name, unknown plugin, or both given.
     """
-    values = as_list(plugins)
-    unknown = [p for p in values if not isinstance(p, Precision)]
-    if unknown:
-        raise ConfigError(
-            f"`plugins` must be None or a fabriclite.Precision, but holds {type(unknown[0]).__name__}."
-            " Strategies are passed as strategy=..., loggers as loggers=..."
-        )
+    values, _ = split_plugins(plugins)
     if len(values) + (precision is not None) > 1:
         raise ConfigError(
             f"`precision` and `plugins` must not both name a precision, but are {precision!r} and {values!r}. Keep one."
@@ -114,8 +131,18 @@ def check_loggers(loggers: list[Any]) -> list[Any]:
     return loggers
 
 
-def this_world(accelerator: object, devices: object, num_nodes: object, env: Mapping[str, str]) -> World:
-    """This process's world: as a launcher described it in ``env``, else as rank 0 of the processes asked for.
+def this_environment(plugins: Any) -> Described:
+    """What the launcher says of this process: the one that ``plugins`` name, else the one that is found.
+
+    Raises:
+        ConfigError: a name is unknown, or two contradict each other.
+        WorldError: the named environment does not describe this process, or a variable is missing.
+    """
+    return find(split_plugins(plugins)[1], from_launchers())
+
+
+def this_world(accelerator: object, devices: object, num_nodes: object, found: Described) -> World:
+    """This process's world: as a launcher described it, else as rank 0 of the processes asked for.
 
     Raises:
         ConfigError: an argument has no meaning on this machine.
@@ -125,37 +152,35 @@ def this_world(accelerator: object, devices: object, num_nodes: object, env: Map
         raise ConfigError(f"`num_nodes` must be a whole number of at least 1, but is {num_nodes!r}.")
     machine = Machine.probe()
     kind = pick_accelerator(accelerator, machine)
-    launched = described_by(env)
-    device_for = pick_devices(devices, kind, machine, local_size(env) if launched else None)
-    if not launched:
+    device_for = pick_devices(devices, kind, machine, found.local_size if found.launched else None, found.own_device)
+    if not found.launched:
         return World(size=len(device_for) * num_nodes, local_size=len(device_for), device=device_for[0])
-    if local_size(env) != len(device_for):
+    if found.local_size != len(device_for):
         raise WorldError(
-            f"`devices` must be the number of processes that were launched on this machine ({local_size(env)}), but"
+            f"`devices` must be the number of processes that were launched on this machine ({found.local_size}), but"
             f" {devices!r} means {summary(device_for)}. Pass devices='auto', or launch that many."
+            + (" FABRICLITE_ENVIRONMENT=none has fabriclite start them." if found.size == 1 else "")
         )
-    world = from_env(env, device_for)
+    if found.local_rank not in device_for:
+        raise WorldError(
+            f"LOCAL_RANK must be in [0, {len(device_for)}), the devices used on this machine, but is"
+            f" {found.local_rank}. Start one process per device."
+        )
+    world = World(
+        rank=found.rank,
+        size=found.size,
+        local_rank=found.local_rank,
+        local_size=found.local_size,
+        node_rank=found.node_rank,
+        device=device_for[found.local_rank],
+    )
     if world.size != len(device_for) * num_nodes:
         raise WorldError(
             f"`devices` x `num_nodes` must be the number of processes that were launched ({world.size}), but"
-            f" {len(device_for)} x {num_nodes} is {len(device_for) * num_nodes}. Pass both as launched."
+            f" {len(device_for)} x {num_nodes} is {len(device_for) * num_nodes}. Pass both as launched:"
+            f" {found.size_name} is {world.size}."
         )
     return world
-
-
-def is_launched() -> bool:
-    """Whether a launcher, or an earlier ``launch``, has described this process."""
-    return described_by(os.environ)
-
-
-def record_failures() -> None:
-    """From now on, if a launcher has described this process as one of several."""
-    process_group.expect(os.environ)
-
-
-def world_of_this_process(accelerator: object, devices: object, num_nodes: object) -> World:
-    """:func:`this_world` of the real environment."""
-    return this_world(accelerator, devices, num_nodes, os.environ)
 
 
 def runs_a_script() -> bool:

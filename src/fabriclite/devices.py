@@ -48,7 +48,9 @@ def pick_accelerator(accelerator: object, machine: Machine) -> str:
     return name
 
 
-def pick_devices(devices: object, accelerator: str, machine: Machine, launched: int | None) -> dict[int, torch.device]:
+def pick_devices(
+    devices: object, accelerator: str, machine: Machine, launched: int | None, own: bool = False
+) -> dict[int, torch.device]:
     """The device of each local rank.
 
     Args:
@@ -56,6 +58,7 @@ def pick_devices(devices: object, accelerator: str, machine: Machine, launched: 
         accelerator: a result of :func:`pick_accelerator`.
         machine: what there is.
         launched: how many local processes an external launcher started; ``None`` when there is no launcher.
+        own: the launcher lets each process see one device of its own, so that for each it is number 0.
 
     Raises:
         ConfigError: the value has no meaning, or asks for more than the machine has.
@@ -64,11 +67,14 @@ def pick_devices(devices: object, accelerator: str, machine: Machine, launched: 
     if accelerator == "cpu":
         return {rank: torch.device("cpu") for rank in range(len(indices))}
     available = machine.cuda if accelerator == "cuda" else 1
+    if own and launched is not None and available == 1 and list(indices) == list(range(launched)):
+        return {rank: torch.device(accelerator, 0) for rank in range(launched)}
     beyond = [i for i in indices if not 0 <= i < available]
     if beyond:
         raise ConfigError(
             f"`devices` must name devices among the {available} of type {accelerator!r} on this machine,"
             f" but asks for {devices!r}, so also for index {beyond[0]}."
+            + (f" Launch {available} processes on it instead of {launched}." if launched is not None else "")
         )
     return {rank: torch.device(accelerator, i) for rank, i in enumerate(indices)}
 

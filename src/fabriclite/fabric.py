@@ -22,6 +22,7 @@ from fabriclite.errors import ConfigError, SetupOrderError
 from fabriclite.launch import process_group, rerun, signals, spawn
 from fabriclite.launch.choose import Situation, choose
 from fabriclite.launch.determinism import Deterministic, make_deterministic
+from fabriclite.launch.environments.described import Described
 from fabriclite.module import FabricModule
 from fabriclite.precision import Precision, PrecisionInput
 from fabriclite.registry import resolve
@@ -46,7 +47,8 @@ class Fabric:
         num_nodes: number of machines.
         precision: ``"32-true"`` (also ``None``), ``"bf16-true"``, ``"16-true"``, ``"bf16-mixed"``, ``"16-mixed"``,
             ``"64-true"``.
-        plugins: ``None``, or a :class:`~fabriclite.Precision` instead of ``precision``.
+        plugins: a :class:`~fabriclite.Precision` instead of ``precision``; one of :mod:`fabriclite.environments` that
+            says which launcher started this process; a list of both; or ``None``.
         callbacks: objects whose methods :meth:`call` runs.
         loggers: objects with ``log_metrics(metrics, step)``.
         deterministic: ``True``: an operation that could give other bits another time is an error, ``"warn"``: a
@@ -70,7 +72,6 @@ class Fabric:
         loggers: Any = None,
         deterministic: Deterministic = False,
     ) -> None:
-        arguments.record_failures()
         self._arguments = dict(
             accelerator=accelerator,
             strategy=strategy,
@@ -86,8 +87,10 @@ class Fabric:
         arguments.check_loggers(arguments.as_list(loggers))
         self._callbacks = arguments.as_list(callbacks)
         self._loggers = arguments.as_list(loggers)
+        self._environment = arguments.this_environment(plugins)
+        process_group.expect(self._environment)
         self._precision = arguments.wished_precision(precision, plugins)
-        self._world = arguments.world_of_this_process(accelerator, devices, num_nodes)
+        self._world = arguments.this_world(accelerator, devices, num_nodes, self._environment)
         self._config = resolve(arguments.wished_strategy(strategy, self._world.size), self._world.size)
         self._config.check_world(self._world.size)
         arguments.check_precision(self._precision, self._config)
@@ -96,7 +99,7 @@ class Fabric:
         self._saver = Saver()
         # None: other processes are still to be started by `launch`.
         self._strategy: Strategy | None = None
-        if arguments.is_launched() or self._world.size == 1:
+        if self._environment.launched or self._world.size == 1:
             self._strategy = self._start()
 
     # -- who am I --------------------------------------------------------------
@@ -140,6 +143,11 @@ class Fabric:
         return self._world.rank == 0
 
     @property
+    def environment(self) -> Described:
+        """How its launcher described this process; ``environment.why`` says in a line which launcher, and why that."""
+        return self._environment
+
+    @property
     def loggers(self) -> list[Any]:
         return self._loggers
 
@@ -180,6 +188,7 @@ class Fabric:
         way = choose(situation, self._config.start_method)
         if way == "rerun":
             rerun.rerun_script(self._world.size, self._config.timeout)
+            self._environment = arguments.this_environment(self._arguments["plugins"])
             self._strategy = self._start()
         elif way != "nothing":
             assert function is not None  # `choose` raised otherwise
@@ -192,6 +201,7 @@ class Fabric:
         if self._config.distributed:
             process_group.join(
                 self._world,
+                self._environment,
                 self._config.process_group_backend,
                 self._config.timeout,
                 {"strategy": type(self._config).__name__, "precision": self._precision.name},

@@ -1,1 +1,1 @@
-"""The command line: ``fabriclite checkpoint ...``."""
+"""The command line: ``fabriclite checkpoint ...``, ``fabriclite doctor``."""

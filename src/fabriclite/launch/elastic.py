@@ -26,6 +26,7 @@ from torch.distributed.run import config_from_args, determine_local_world_size, 
 from fabriclite.errors import ConfigError
 from fabriclite.launch import stores
 from fabriclite.launch.command import Program
+from fabriclite.launch.environments.described import LOOPBACK
 from fabriclite.launch.failures import outlet, verdict
 from fabriclite.launch.failures.members import host
 from fabriclite.launch.failures.record import PREEMPTED
@@ -91,10 +92,10 @@ def _is_alone(args: Namespace) -> bool:
 def _meet_on_loopback(args: Namespace) -> object:
     """Serve all that is asked of a store where no other machine reaches it; torch would listen on every address."""
     store = stores.serve()
-    address = f"{stores.LOOPBACK}:{store.port}"
+    address = f"{LOOPBACK}:{store.port}"
     args.rdzv_backend, args.rdzv_endpoint, args.rdzv_id = "c10d", address, uuid.uuid4().hex
     args.rdzv_conf = ",".join(filter(None, [args.rdzv_conf, "is_host=false"]))
-    args.local_addr = args.local_addr or stores.LOOPBACK
+    args.local_addr = args.local_addr or LOOPBACK
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # the agent would serve the ranks another one
     os.environ[STORE] = address
     return store

@@ -6,22 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fabriclite.launch.stores import LOOPBACK
-
-
-def worker_env(rank: int, size: int, port: int) -> dict[str, str]:
-    """What torchrun would write for rank ``rank`` of ``size`` on this machine, with the store served by the parent."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-        "GROUP_RANK": "0",
-        "MASTER_ADDR": LOOPBACK,
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there already: rank 0 does not serve one
-    }
-
 
 def threads_each(size: int) -> int:
     """CPU threads per process such that all of them share the machine."""

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Final
 
 import torch
@@ -13,6 +14,7 @@ from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr
 
 from fabriclite.errors import ConfigError, WorldError
 from fabriclite.launch import meeting, stores
+from fabriclite.launch.environments.described import Described
 from fabriclite.launch.failures import hooks
 from fabriclite.launch.failures.board import Board
 from fabriclite.launch.failures.line import Line
@@ -20,18 +22,24 @@ from fabriclite.launch.failures.members import Member, look
 from fabriclite.launch.failures.record import Failure
 from fabriclite.world import World
 
-_AGENT_SERVES: Final = "TORCHELASTIC_USE_AGENT_STORE"
-_RUN: Final = "TORCHELASTIC_RUN_ID"
+_MEND: Final = {
+    "mpi": "Set them to the host of rank 0 and a free port there: mpirun -x MASTER_ADDR=... -x MASTER_PORT=...",
+    "lsf": "Set them to the host of rank 0 and a free port there: jsrun -E MASTER_ADDR=... -E MASTER_PORT=...",
+}
+"""By environment, how what is missing is set; elsewhere torchrun is the way."""
 _LAST_WORD: Final = timedelta(seconds=2)
 
 
-def join(world: World, backend: str | None, timeout: timedelta, facts: Mapping[str, str]) -> None:
+def join(
+    world: World, found: Described, backend: str | None, timeout: timedelta, facts: Mapping[str, str] | None = None
+) -> None:
     """Be part of the process group of ``world``; a group that exists already is used. Every rank must call this.
 
     A world of one meets nobody, so it needs no address and no port.
 
     Args:
         world: this process and the others.
+        found: how a launcher described this process: where the others are met.
         backend: as torch names it; ``None`` chooses by device.
         timeout: how long a collective waits for the others.
         facts: what must be the same on all ranks, argument to value.
@@ -54,20 +62,21 @@ def join(world: World, backend: str | None, timeout: timedelta, facts: Mapping[s
     if world.size == 1:
         dist.init_process_group(name, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        _meet(world, name, timeout, facts)
+        _meet(world, found, name, timeout, facts or {})
     atexit.register(leave)
 
 
-def _meet(world: World, backend: str, timeout: timedelta, facts: Mapping[str, str]) -> None:
+def _meet(world: World, found: Described, backend: str, timeout: timedelta, facts: Mapping[str, str]) -> None:
     watch, monitor = hooks.begin(world.rank, world.size, os.environ)
-    address, port = _address(world.size)
-    run = os.environ.get(_RUN, "")
+    address, port = _address(found)
+    run = found.run_id or ""
     patience = max(timeout, meeting.SHORTEST)
-    served_here = world.rank == 0 and os.environ.get(_AGENT_SERVES) != "True"
+    served_here = world.rank == 0 and not found.store_is_served
     store: Store
     if served_here:
         one_machine = world.local_size == world.size
-        store = stores.serve(address if one_machine else "", port, world.size)
+        # ranks may meet a second time, after a process group was destroyed
+        store = watch.server or stores.serve(address if one_machine else "", port, world.size)
     else:
         store = stores.connect(address, port, patience)
     watch.before_meeting = lambda failure: meeting.tell_failed(store, run, failure)
@@ -75,7 +84,7 @@ def _meet(world: World, backend: str, timeout: timedelta, facts: Mapping[str, st
         met = meeting.meet(store, run, watch.me, world.size, facts, patience)
     except meeting.FailedBeforeError as error:
         watch.noticed(error.first)
-    server = None if os.environ.get(_AGENT_SERVES) == "True" else met.roster[0]
+    server = None if found.store_is_served else met.roster[0]
     line = Line(
         lambda: stores.connect(address, port, patience), lambda: watch.lost_starter or _is_gone(server, watch.me)
     )
@@ -95,38 +104,36 @@ def _is_gone(server: Member | None, me: Member) -> bool:
     return server is not None and server.place == me.place and look(server) == "gone"
 
 
-def expect(env: Mapping[str, str]) -> None:
-    """Where a launcher has described this process as one of several in ``env``: record its failures from now on."""
-    rank, size = env.get("RANK", ""), env.get("WORLD_SIZE", "")
-    if not (rank.isdecimal() and size.isdecimal() and int(size) > 1):
+def expect(found: Described) -> None:
+    """Where a launcher has described this process as one of several: record its failures from now on."""
+    if not found.launched or found.size == 1:
         return
-    watch, _ = hooks.begin(int(rank), int(size), os.environ)
+    watch, _ = hooks.begin(found.rank, found.size, os.environ)
     if watch.board is None and watch.before_meeting is None and not watch.outlet.starter_prints:
-        watch.before_meeting = _last_word
+        watch.before_meeting = partial(_last_word, found)
 
 
-def _last_word(failure: Failure) -> None:
+def _last_word(found: Described, failure: Failure) -> None:
     """Without a starter to tell the others, they wait in the store for this rank: say there that it will not come."""
-    if failure.rank == 0 or os.environ.get("MASTER_ADDR") is None:
-        return  # rank 0 serves the store, and has not begun to
+    if failure.rank == 0:
+        return  # it serves the store, and has not begun to
     try:
-        store = stores.connect(*_address(failure.size), _LAST_WORD)
-        meeting.tell_failed(store, os.environ.get(_RUN, ""), failure)
+        store = stores.connect(*_address(found), _LAST_WORD)
+        meeting.tell_failed(store, found.run_id or "", failure)
     except (WorldError, RuntimeError):
         pass
 
 
-def _address(size: int) -> tuple[str, int]:
-    missing = [key for key in ("MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
-    if missing:
+def _address(found: Described) -> tuple[str, int]:
+    known = {"MASTER_ADDR": found.master_address, "MASTER_PORT": found.master_port}
+    missing = [name for name, value in known.items() if value is None]
+    if found.master_address is None or found.master_port is None:
+        mend = _MEND.get(found.name, "Launch with torchrun, which sets them.")
         raise WorldError(
-            f"{' and '.join(missing)} must be set for {size} processes to meet, but the environment lacks"
-            f" {'them' if len(missing) > 1 else 'it'}. Launch with torchrun, which sets them."
+            f"{' and '.join(missing)} must be set for {found.size} processes to meet, but the environment lacks"
+            f" {'them' if len(missing) > 1 else 'it'}. {mend}"
         )
-    port = os.environ["MASTER_PORT"]
-    if not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise WorldError(f"MASTER_PORT must be a port number from 1 to 65535, but is {port!r}. Set it to a free one.")
-    return os.environ["MASTER_ADDR"], int(port)
+    return found.master_address, found.master_port
 
 
 def check_backend(name: object) -> None:

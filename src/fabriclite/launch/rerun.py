@@ -18,12 +18,14 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from fabriclite.launch import command, parent, stores
+from fabriclite.launch.environment import become
+from fabriclite.launch.environments.own import worker_env
 from fabriclite.launch.failures import hooks, outlet, verdict
 from fabriclite.launch.failures.members import StoppedTooLong, host, this_process
 from fabriclite.launch.failures.record import INTERRUPTED, PREEMPTED, Told
 from fabriclite.launch.failures.verdict import Exit
 from fabriclite.launch.failures.watch import Watch
-from fabriclite.launch.local import threads_each, worker_env
+from fabriclite.launch.local import threads_each
 
 _GRACE_S: Final = 4.0
 """How long ranks may take to end by themselves after another one failed, in seconds."""
@@ -52,7 +54,7 @@ def rerun_script(size: int, timeout: timedelta) -> None:
     again = [sys.executable, *sys.orig_argv[1:]]
     line = again if program is None else program.as_rank(sys.executable, bool(sys.flags.safe_path))
     envs = [{**os.environ, **common, **worker_env(rank, size, store.port)} for rank in range(1, size)]
-    os.environ.update(worker_env(0, size, store.port), **{outlet.FOLDER: str(folder)})
+    become({**worker_env(0, size, store.port), outlet.FOLDER: str(folder)})
     watch, _ = hooks.begin(0, size, os.environ)
     _Starter(watch, _started(line, envs), folder, store, timeout)
 

@@ -17,11 +17,13 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, 
 
 from fabriclite.errors import ConfigError, LaunchError
 from fabriclite.launch import parent, stores
+from fabriclite.launch.environment import become
+from fabriclite.launch.environments.own import worker_env
 from fabriclite.launch.failures import hooks, outlet, verdict
 from fabriclite.launch.failures.members import StoppedTooLong, host, this_process
 from fabriclite.launch.failures.record import PREEMPTED
 from fabriclite.launch.failures.verdict import Exit
-from fabriclite.launch.local import private_folder, threads_each, worker_env
+from fabriclite.launch.local import private_folder, threads_each
 from fabriclite.launch.private import Private
 from fabriclite.launch.process_group import leave
 
@@ -172,7 +174,7 @@ def _received(reader: Connection) -> bytes | None:
 
 def _work(writer: Connection, rank: int, size: int, env: dict[str, str], usual: _Usual, work: Private) -> None:
     gc.freeze()  # a forked process must not run destructors of what its parent left: their threads are not here
-    os.environ.update(env)
+    become(env)
     torch.set_num_threads(usual.threads)
     mp.set_start_method(usual.start_method, force=True)
     watch, _ = hooks.begin(rank, size, os.environ, parent.of_multiprocessing(mp.parent_process()))

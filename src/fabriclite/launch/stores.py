@@ -9,8 +9,8 @@ from typing import Final
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from fabriclite.errors import WorldError
+from fabriclite.launch.environments.described import LOOPBACK
 
-LOOPBACK: Final = "127.0.0.1"
 _QUEUE: Final = 4096  # ranks that connect at the same time
 
 

@@ -1,0 +1,1 @@
+"""Who started this process: each launcher's documented variables, read into one value."""
