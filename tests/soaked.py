@@ -77,7 +77,7 @@ def digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
 
 def main() -> None:
     args = parse_args()
-    fabric = Fabric(accelerator="cpu", strategy=args.strategy, num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")))
+    fabric = Fabric(accelerator="cpu", strategy=args.strategy)
     fabric.launch()
     fabric.seed_everything(1)
     stop = fabric.preemption()

@@ -33,6 +33,7 @@ from fabriclite.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from fabriclite.launch import meeting
 from fabriclite.launch.environment import prepare_for_deepspeed
 from fabriclite.launch.environments.choose import ENVIRONMENTS, find
 from fabriclite.launch.environments.nodelist import expand, tasks_per_node
@@ -516,7 +517,7 @@ def test_port_in_use(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
         two()
     check(
         caught.value,
-        f"MASTER_PORT must be a free port on 127.0.0.1, but {taken} is in use … Set MASTER_PORT to another",
+        f"MASTER_PORT must be a free port of 127.0.0.1, but {taken} is in use by another process. Choose another",
     )
 
 
@@ -526,22 +527,29 @@ def test_port_in_use_on_all_networks(taken: int, monkeypatch: pytest.MonkeyPatch
         everywhere.bind(("", 0))
         everywhere.listen()
         monkeypatch.setenv("MASTER_PORT", str(everywhere.getsockname()[1]))
-        with pytest.raises(WorldError, match="MASTER_PORT must be a free port on"):
+        with pytest.raises(WorldError, match="MASTER_PORT must be a free port of"):
             two()
 
 
 def test_nobody_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     as_rank(monkeypatch, by_hand(0, free_port()))
+    monkeypatch.setattr(meeting, "SHORTEST", timedelta(seconds=2))
     with pytest.raises(WorldError) as caught:
         two()
-    check(caught.value, "All 2 processes must meet at 127.0.0.1: … within 0:00:02 … Start them all, or give … timeout=")
+    check(
+        caught.value, "All 2 ranks must meet within 2 s, but rank 1 did not come. … whether every process was started"
+    )
 
 
 def test_nobody_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     as_rank(monkeypatch, by_hand(1, free_port()))
+    monkeypatch.setattr(meeting, "SHORTEST", timedelta(seconds=2))
     with pytest.raises(WorldError) as caught:
         two()
-    check(caught.value, "The store at 127.0.0.1: … must be reachable from rank 1 … Check MASTER_ADDR and MASTER_PORT")
+    check(
+        caught.value,
+        "The store of the run must answer at MASTER_ADDR 127.0.0.1, MASTER_PORT … within 2 s … rank 0 started",
+    )
 
 
 @pytest.mark.parametrize(

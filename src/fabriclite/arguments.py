@@ -1,11 +1,10 @@
 """From what a user passes to ``Fabric`` to checked values."""
 
-import os
 import sys
 import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -15,14 +14,11 @@ from fabriclite.errors import ConfigError, WorldError
 from fabriclite.launch.environment import from_launchers
 from fabriclite.launch.environments.choose import find
 from fabriclite.launch.environments.described import Described, Environment
+from fabriclite.launch.wishes import Wishes
 from fabriclite.precision import NAMES, Precision
 from fabriclite.registry import resolve
 from fabriclite.strategy import StrategyConfig
 from fabriclite.world import World
-
-STRATEGY: Final = "FABRICLITE_STRATEGY"
-PRECISION: Final = "FABRICLITE_PRECISION"
-"""Hold what the command line of ``fabriclite run`` says."""
 
 
 def as_list(value: Any) -> list[Any]:
@@ -73,10 +69,10 @@ def wished_precision(precision: object, plugins: Any) -> Precision:
     Raises:
         ConfigError: script and command line say different things.
     """
-    wish = os.environ.get(PRECISION)
+    wish = Wishes.of_this_process().precision
     if wish is None:
         return one_precision(precision, plugins)
-    if precision is None and not as_list(plugins):
+    if precision is None and not split_plugins(plugins)[0]:
         return Precision.parse(wish)
     said = one_precision(precision, plugins)
     if said != Precision.parse(wish):
@@ -92,7 +88,7 @@ def wished_strategy(strategy: object, processes: int) -> object:
     Raises:
         ConfigError: script and command line say different things.
     """
-    wish = os.environ.get(STRATEGY)
+    wish = Wishes.of_this_process().strategy
     if wish is None or strategy == "auto" or wish == "auto":
         return wish if wish is not None and strategy == "auto" else strategy
     said, wished = resolve(strategy, processes), resolve(wish, processes)
@@ -148,13 +144,14 @@ def this_world(accelerator: object, devices: object, num_nodes: object, found: D
         ConfigError: an argument has no meaning on this machine.
         WorldError: the launcher's description is incomplete or contradicts the arguments.
     """
-    if isinstance(num_nodes, bool) or not isinstance(num_nodes, int) or num_nodes < 1:
-        raise ConfigError(f"`num_nodes` must be a whole number of at least 1, but is {num_nodes!r}.")
+    if num_nodes != "auto" and (isinstance(num_nodes, bool) or not isinstance(num_nodes, int) or num_nodes < 1):
+        raise ConfigError(f"`num_nodes` must be 'auto' or a whole number of at least 1, but is {num_nodes!r}.")
     machine = Machine.probe()
     kind = pick_accelerator(accelerator, machine)
     device_for = pick_devices(devices, kind, machine, found.local_size if found.launched else None, found.own_device)
     if not found.launched:
-        return World(size=len(device_for) * num_nodes, local_size=len(device_for), device=device_for[0])
+        nodes = num_nodes if isinstance(num_nodes, int) else 1
+        return World(size=len(device_for) * nodes, local_size=len(device_for), device=device_for[0])
     if found.local_size != len(device_for):
         raise WorldError(
             f"`devices` must be the number of processes that were launched on this machine ({found.local_size}), but"
@@ -174,7 +171,7 @@ def this_world(accelerator: object, devices: object, num_nodes: object, found: D
         node_rank=found.node_rank,
         device=device_for[found.local_rank],
     )
-    if world.size != len(device_for) * num_nodes:
+    if isinstance(num_nodes, int) and world.size != len(device_for) * num_nodes:
         raise WorldError(
             f"`devices` x `num_nodes` must be the number of processes that were launched ({world.size}), but"
             f" {len(device_for)} x {num_nodes} is {len(device_for) * num_nodes}. Pass both as launched:"

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class Fabric:
         strategy: ``"auto"``, a name (``"single_device"``, ``"ddp"``, ``"fsdp"``, ``"tensor_parallel"``,
             ``"deepspeed"``) or a config such as ``FSDPStrategy(cpu_offload=True)``.
         devices: ``"auto"``, how many on each machine, ``-1`` for all, or which (``[0, 3]``).
-        num_nodes: number of machines.
+        num_nodes: number of machines; ``"auto"`` as many as were launched on, one without a launcher.
         precision: ``"32-true"`` (also ``None``), ``"bf16-true"``, ``"16-true"``, ``"bf16-mixed"``, ``"16-mixed"``,
             ``"64-true"``.
         plugins: a :class:`~fabriclite.Precision` instead of ``precision``; one of :mod:`fabriclite.environments` that
@@ -65,7 +65,7 @@ class Fabric:
         accelerator: str = "auto",
         strategy: str | StrategyConfig = "auto",
         devices: int | str | Sequence[int] = "auto",
-        num_nodes: int = 1,
+        num_nodes: int | Literal["auto"] = "auto",
         precision: PrecisionInput | None = None,
         plugins: Any = None,
         callbacks: Any = None,
@@ -94,7 +94,7 @@ class Fabric:
         self._config = resolve(arguments.wished_strategy(strategy, self._world.size), self._world.size)
         self._config.check_world(self._world.size)
         arguments.check_precision(self._precision, self._config)
-        self._num_nodes = num_nodes
+        self._num_nodes = self._world.size // self._world.local_size
         self._books = Books()
         self._saver = Saver()
         # None: other processes are still to be started by `launch`.

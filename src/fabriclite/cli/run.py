@@ -3,7 +3,6 @@
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
-from fabriclite import arguments
 from fabriclite.devices import Machine
 from fabriclite.errors import ConfigError
 
@@ -18,11 +17,11 @@ def run(argv: Sequence[str]) -> int:
         ConfigError: options contradict each other.
     """
     from fabriclite.launch import elastic
+    from fabriclite.launch.wishes import Wishes
 
     args = _parser().parse_args(argv)
     args.nproc_per_node = _processes(args)
-    wishes = {arguments.STRATEGY: args.strategy, arguments.PRECISION: args.precision}
-    return elastic.run(args, {name: value for name, value in wishes.items() if value is not None})
+    return elastic.run(args, Wishes(strategy=args.strategy, precision=args.precision))
 
 
 def _parser() -> ArgumentParser:

@@ -10,7 +10,7 @@ import sys
 import time
 import uuid
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
@@ -33,16 +33,17 @@ from fabriclite.launch.failures.record import PREEMPTED
 from fabriclite.launch.failures.verdict import Exit, Verdict
 from fabriclite.launch.local import private_folder, threads_each
 from fabriclite.launch.rank import STORE, attempt_folder
+from fabriclite.launch.wishes import Wishes
 
 _SIGTERM: Final = 15
 
 
-def run(args: Namespace, wishes: Mapping[str, str]) -> int:
+def run(args: Namespace, wishes: Wishes) -> int:
     """Run the script that ``args`` names on this machine's ranks, and again after failures where that is allowed.
 
     Args:
         args: as torchrun's own parser gives them.
-        wishes: variables for the ranks, which tell them what the command line says.
+        wishes: what the command line says to ``Fabric``.
 
     Returns:
         Exit status: 0; the failed rank's (128 and the number of a signal); 75 if the ranks saved to be started again;
@@ -58,7 +59,7 @@ def run(args: Namespace, wishes: Mapping[str, str]) -> int:
     size = _processes(args)
     if size > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads_each(size)))
-    os.environ.update(wishes)
+    os.environ.update(wishes.variables())
     store = _meet_on_loopback(args) if _is_alone(args) else None
     if args.master_port is None:
         args.master_port = 29500  # torchrun's

@@ -65,7 +65,8 @@ def meet(store: Store, run: str, me: Member, size: int, facts: Facts, patience: 
         FailedBeforeError: another rank failed before.
         WorldError: somebody did not come in time.
     """
-    here = _Here(store, f"{_BASE}/{run}", size, time.monotonic() + max(patience, SHORTEST).total_seconds())
+    patience_s = max(patience, SHORTEST).total_seconds()
+    here = _Here(store, f"{_BASE}/{run}", size, patience_s, time.monotonic() + patience_s)
     card = json.dumps({"member": asdict(me), "facts": dict(facts)})
     prefix, told = _host(here, card) if me.rank == 0 else _visit(here, me.rank, card)
     cards = [json.loads(text) for text in json.loads(told)]
@@ -83,6 +84,7 @@ class _Here:
     store: Store
     base: str
     size: int
+    patience_s: float
     deadline: float
 
     def get(self, key: str) -> str | None:
@@ -96,8 +98,8 @@ class _Here:
                 raise FailedBeforeError(Failure.from_json(failed))
             if time.monotonic() > self.deadline:
                 raise WorldError(
-                    f"All {self.size} ranks must meet in time, but {missing()} did not come. Look at what they printed,"
-                    " and whether every process was started."
+                    f"All {self.size} ranks must meet within {self.patience_s:.0f} s, but {missing()} did not come."
+                    " Look at what they printed, and whether every process was started."
                 )
             time.sleep(pause)
             pause = min(2 * pause, 10 * _PAUSE_S)

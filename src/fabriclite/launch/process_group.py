@@ -10,7 +10,7 @@ from typing import Final
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]  # public, but not in __all__
+from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]  # public, but not in __all__
 
 from fabriclite.errors import ConfigError, WorldError
 from fabriclite.launch import meeting, stores
@@ -71,14 +71,12 @@ def _meet(world: World, found: Described, backend: str, timeout: timedelta, fact
     address, port = _address(found)
     run = found.run_id or ""
     patience = max(timeout, meeting.SHORTEST)
-    served_here = world.rank == 0 and not found.store_is_served
-    store: Store
-    if served_here:
-        one_machine = world.local_size == world.size
-        # ranks may meet a second time, after a process group was destroyed
-        store = watch.server or stores.serve(address if one_machine else "", port, world.size)
-    else:
-        store = stores.connect(address, port, patience)
+    if world.rank != 0 or found.store_is_served:
+        watch.server = None
+    elif watch.server is None or watch.server.port != port:  # it is there, where a process group was destroyed before
+        near = world.local_size == world.size or stores.is_loopback(address)
+        watch.server = stores.serve(address if near else "", port, world.size)
+    store = watch.server or stores.connect(address, port, patience)
     watch.before_meeting = lambda failure: meeting.tell_failed(store, run, failure)
     try:
         met = meeting.meet(store, run, watch.me, world.size, facts, patience)
@@ -88,7 +86,7 @@ def _meet(world: World, found: Described, backend: str, timeout: timedelta, fact
     line = Line(
         lambda: stores.connect(address, port, patience), lambda: watch.lost_starter or _is_gone(server, watch.me)
     )
-    watch.roster, watch.server = met.roster, store if served_here else None
+    watch.roster = met.roster
     watch.board = Board(line, met.prefix, world.size)
     monitor.met(timeout.total_seconds())
     store.set_timeout(timeout)

@@ -52,6 +52,11 @@ def connect(address: str, port: int, patience: timedelta) -> TCPStore:
         ) from error
 
 
+def is_loopback(address: str) -> bool:
+    """Whether nobody but this machine can come there."""
+    return address in ("localhost", "::1") or address.startswith("127.")
+
+
 def _socket(address: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM)

@@ -12,7 +12,7 @@ from contextlib import suppress
 from shutil import rmtree
 from typing import Final, NoReturn
 
-from torch.distributed import Store  # type: ignore[attr-defined]  # public, but not in its __all__
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from fabriclite.launch.failures import judge
 from fabriclite.launch.failures.board import Board
@@ -57,7 +57,7 @@ class Watch:
         self.roster: Sequence[Member] = ()
         """All ranks in order, once they have met."""
         self.board: Board | None = None
-        self.server: Store | None = None
+        self.server: TCPStore | None = None
         """The store, where it lives in this process, which is then the last to end."""
         self.finish: Finish | None = None
         """How the process ends that is a rank and a starter as well."""
