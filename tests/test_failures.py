@@ -290,7 +290,7 @@ def _models_that_differ(fabric: Fabric) -> None:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_models_that_differ(strategy: str) -> None:
-    with pytest.raises(LaunchError, match="must be the same on all ranks") as caught:
+    with pytest.raises(LaunchError, match="All ranks must build the same model") as caught:
         run(_models_that_differ, strategy, 2)
     assert "weight" in str(caught.value)
     assert "[2, 3]" in str(caught.value)
