@@ -1478,7 +1478,7 @@ IN_TWO: dict[str, list[RowInTwo]] = {
             "different-models",
             different_models,
             MaterializeError,
-            "All ranks must build the same model … head.weight [4, 4] … rank 1 … head.weight [6, 4] … depend on the rank",
+            "All ranks must build the same model … head.weight [4, 4] … rank 1 … [6, 4] … depend on the rank",
         ),
         RowInTwo(
             "sampler-without-length",
@@ -1495,7 +1495,7 @@ IN_TWO: dict[str, list[RowInTwo]] = {
             "different-models",
             different_models,
             MaterializeError,
-            "All ranks must build the same model … head.weight [4, 4] … rank 1 … head.weight [6, 4] … depend on the rank",
+            "All ranks must build the same model … head.weight [4, 4] … rank 1 … [6, 4] … depend on the rank",
         ),
         RowInTwo("save-below-file", unwritable, CheckpointError, "file/checkpoint … Rank 0 … could not"),
         RowInTwo(
@@ -1525,7 +1525,7 @@ IN_TWO: dict[str, list[RowInTwo]] = {
             "different-models",
             different_models,
             MaterializeError,
-            "All ranks must build the same model … head.weight [4, 4] … rank 1 … head.weight [6, 4] … depend on the rank",
+            "All ranks must build the same model … head.weight [4, 4] … rank 1 … [6, 4] … depend on the rank",
         ),
         *(
             RowInTwo(

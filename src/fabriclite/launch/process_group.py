@@ -22,7 +22,8 @@ from fabriclite.world import World
 
 _AGENT_SERVES: Final = "TORCHELASTIC_USE_AGENT_STORE"
 _RUN: Final = "TORCHELASTIC_RUN_ID"
-_LAST_WORD: Final = timedelta(seconds=2)
+_LAST_WORD: Final = timedelta(seconds=6)
+"""How long a rank that failed before all met tries to say so."""
 
 
 def join(world: World, backend: str | None, timeout: timedelta, facts: Mapping[str, str]) -> None:

@@ -201,7 +201,8 @@ class Watch:
     def _tell(self, first: Failure, own: Failure | None, note: Note) -> Told:
         """Tell who started this what is known so far."""
         told = Told(rank=self.me.rank, first=first if self.board is not None else None, own=own, note=note)
-        self.outlet.tell(told, page(first, [note]) if own is None or first == own else own.line)
+        tells = own is None or first.by == self.me.rank
+        self.outlet.tell(told, page(first, [note]) if tells or own is None else own.line)
         return told
 
     def _gather(self) -> list[Note]:
@@ -222,7 +223,8 @@ class Watch:
 
     def _prints(self, first: Failure) -> bool:
         """Whether it is this process that tells the user: who recorded the failure, unless each recorded for itself."""
-        if self.outlet.starter_prints and not self.lost_starter:
+        starter_halted = any(m.rank in self._seen and m.pid == os.getppid() for m in self.peers)
+        if self.outlet.starter_prints and not (self.lost_starter or starter_halted):
             return False
         agreed = self._answers() if self.board is not None else not self.lost_starter
         return first.by == self.me.rank if agreed else self.is_lowest
