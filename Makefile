@@ -13,7 +13,7 @@ PRECISION ?= 32-true
 DATA ?=
 ZOO_JOBS ?= 2
 ZOO_ALL ?=
-# make test FULL=1: births in every size of world, five minutes more
+# make test FULL=1: births in every size of world, and every way to fail under every starter: half an hour more
 export FULL ?=
 OUT ?= runs/gpt-$(STRATEGY)-$(PRECISION)-$(DEVICES)
 

@@ -2,8 +2,8 @@
 
     python tests/failures_table.py [JOBS [WORD...]]
 
-A quarter of an hour. With words, only the cases that have all of them run, and the other rows stay. The same cases, with
-the same demands, run in ``FULL=1 pytest tests/test_failures.py``.
+A quarter of an hour. With words, only the cases that have all of them run, and the other rows stay. The same cases,
+with the same demands, run in ``FULL=1 pytest tests/test_failures.py``.
 """
 
 import os
