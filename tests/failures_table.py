@@ -43,8 +43,8 @@ def row(case: Case) -> str:
 
 def main(jobs: int, words: Sequence[str]) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(GUIDE.parents[2] / "src"), os.environ.get("PYTHONPATH", "")])
-    order = {name: number for names in (STARTERS, WHERE, HOW) for number, name in enumerate(names)}
-    cases = sorted(ALL, key=lambda case: [order[word] for word in case])
+    names = (STARTERS, WHERE, HOW)
+    cases = sorted(ALL, key=lambda case: [known.index(word) for known, word in zip(names, case, strict=True)])
     before, rest = GUIDE.read_text().split(BEGIN)
     old, after = rest.split(END)
     rows = {tuple(re.findall(r"\w+", line)[:3]): line for line in old.splitlines()}
