@@ -181,8 +181,9 @@ class Watch:
 
     @property
     def lost_starter(self) -> bool:
-        """Whether a starter of ours started this process, and has ended."""
-        return self.starter_gone is not None and self.starter_gone()
+        """Whether a starter of ours started this process, and has ended, or is a stopped rank that is ended now."""
+        halted = any(m.rank in self._seen and m.pid == os.getppid() for m in self.peers)
+        return self.starter_gone is not None and (halted or self.starter_gone())
 
     # -- telling -------------------------------------------------------------------------------------------------------
     def note(self, line: str = "", doing: str = "") -> Note:
@@ -223,8 +224,7 @@ class Watch:
 
     def _prints(self, first: Failure) -> bool:
         """Whether it is this process that tells the user: who recorded the failure, unless each recorded for itself."""
-        starter_halted = any(m.rank in self._seen and m.pid == os.getppid() for m in self.peers)
-        if self.outlet.starter_prints and not (self.lost_starter or starter_halted):
+        if self.outlet.starter_prints and not self.lost_starter:
             return False
         agreed = self._answers() if self.board is not None else not self.lost_starter
         return first.by == self.me.rank if agreed else self.is_lowest
