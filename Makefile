@@ -13,7 +13,7 @@ PRECISION ?= 32-true
 DATA ?=
 ZOO_JOBS ?= 2
 ZOO_ALL ?=
-# make test FULL=1: births in every size of world, signals and kills in every form: ten minutes more
+# make test FULL=1: births in every size of world; kills, signals and failures in every form: forty minutes more
 export FULL ?=
 OUT ?= runs/gpt-$(STRATEGY)-$(PRECISION)-$(DEVICES)
 

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from fabriclite.launch import spawn
+from fabriclite.launch.failures import hooks
 
 # The fork server imports these once; each world of ranks then starts in hundredths of a second.
 spawn.PRELOAD.extend(
@@ -30,4 +31,5 @@ def _leave_nothing_behind() -> Iterator[None]:
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+    hooks.forget()
     assert torch.get_default_dtype() == dtype, "a test changed the default dtype"

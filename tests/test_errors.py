@@ -1479,7 +1479,7 @@ IN_TWO: dict[str, list[RowInTwo]] = {
             "different-models",
             different_models,
             MaterializeError,
-            "All ranks must build the same model … rank 1 … names, shapes or ties … depend on the rank",
+            "All ranks must build the same model … head.weight [4, 4] … rank 1 … [6, 4] … depend on the rank",
         ),
         RowInTwo(
             "sampler-without-length",
@@ -1496,7 +1496,7 @@ IN_TWO: dict[str, list[RowInTwo]] = {
             "different-models",
             different_models,
             MaterializeError,
-            "All ranks must build the same model … rank 1 … names, shapes or ties … depend on the rank",
+            "All ranks must build the same model … head.weight [4, 4] … rank 1 … [6, 4] … depend on the rank",
         ),
         RowInTwo("save-below-file", unwritable, CheckpointError, "file/checkpoint … Rank 0 … could not"),
         RowInTwo(
@@ -1526,7 +1526,7 @@ IN_TWO: dict[str, list[RowInTwo]] = {
             "different-models",
             different_models,
             MaterializeError,
-            "All ranks must build the same model … rank 1 … names, shapes or ties … depend on the rank",
+            "All ranks must build the same model … head.weight [4, 4] … rank 1 … [6, 4] … depend on the rank",
         ),
         *(
             RowInTwo(

@@ -35,6 +35,8 @@ SOON_S = 10.0
 """How long after a failure all processes must have ended, in seconds."""
 TIMEOUT_S = 5.0
 """Of collectives in ``failing.py``: a hang is noticed only then."""
+AGENT_S = 30.0
+"""How long torchrun's agent waits for a stopped process to heed its SIGTERM."""
 MEETING_S = meeting.SHORTEST.total_seconds()
 SHORT = DDPStrategy(start_method="fork", timeout=timedelta(seconds=3))
 ROOT = Path(__file__).parent.parent
@@ -51,9 +53,9 @@ def possible(starter: str, where: str, how: str) -> bool:
 def limit_s(starter: str, where: str, how: str) -> float:
     if how != "stop":
         return SOON_S
-    # Torch's agent does not look at processes that are stopped before they have met; the others wait for them then.
-    alone = where == "import" and starter in ("torchrun", "run")
-    return SOON_S + (MEETING_S if alone else TIMEOUT_S + members.LONGER_S)
+    if where == "import" and starter in ("torchrun", "run"):  # the others wait for it to meet them
+        return SOON_S + MEETING_S + (AGENT_S if starter == "torchrun" else 0)
+    return SOON_S + TIMEOUT_S + members.LONGER_S
 
 
 def check(ended: Ended, starter: str, where: str, how: str) -> None:
@@ -87,15 +89,28 @@ def test_a_rank_that_fails(starter: str, where: str, how: str, tmp_path: Path) -
         check(start.end(), starter, where, how)
 
 
+@pytest.mark.parametrize("starter", ["plain", *(["rerun"] if FULL else [])])
+def test_rank_zero_is_stopped(starter: str, tmp_path: Path) -> None:
+    """The store is in it, and does not answer."""
+    with Start(tmp_path, starter, "collective", "stop", rank=0) as start:
+        ended = start.end()
+    assert ended.left == [], ended.err
+    assert ended.after_s is not None
+    assert ended.after_s < SOON_S + TIMEOUT_S
+    assert re.search(r"Rank 0 of 2 was stopped|rank 0: stopped \(state T\)", ended.err), ended.err
+    assert ended.err.count("fabriclite: ") == 1
+
+
 @pytest.mark.parametrize("starter", ["rerun", "plain"])
 def test_rank_zero_is_killed(starter: str, tmp_path: Path) -> None:
     """It served the store, and printed: another rank does."""
     with Start(tmp_path, starter, "asleep", "kill", rank=0, size=3) as start:
         ended = start.end()
-        time.sleep(2 if starter == "rerun" else 0)  # its children may end after it
-        page = re.findall("fabriclite: .*", (tmp_path / "err").read_text())
-    assert ended.left == [] or starter == "rerun"
+    page = re.findall("fabriclite: .*", ended.err)
+    assert ended.left == []
     assert len(page) == 1
+    assert ended.after_s is not None
+    assert ended.after_s < SOON_S
     assert re.search(r"Rank 0 of 3 ended without a word \(killed, or os\._exit\), on host \S+ \(pid \d+\)", page[0])
 
 
@@ -166,9 +181,7 @@ def test_told_to_end(
         pid = start.processes[0].pid
         (os.killpg if to_all else os.kill)(pid, number)
         ended = start.end()
-        deadline = time.monotonic() + SOON_S
-        while start.kill() and time.monotonic() < deadline:
-            time.sleep(0.1)
+    assert ended.left == []
     assert ended.status[0] in status, ended.err
     assert ended.after_s is not None
     assert ended.after_s < SOON_S
@@ -248,6 +261,20 @@ def test_ranks_that_differ(tmp_path: Path) -> None:
     assert sum(said in error for error in errors) >= 1, errors
 
 
+def test_one_that_fails_before_it_meets_the_others(tmp_path: Path) -> None:
+    """The others wait for it, and nobody else could tell them."""
+    text = (
+        "import os\nfrom fabriclite import Fabric\n"
+        "Fabric(accelerator='cpu', devices=[2, 0][int(os.environ['RANK'])], strategy='ddp')\n"
+    )
+    started = time.monotonic()
+    waited, failed = script_in_two(tmp_path, text)
+    assert time.monotonic() - started < MEETING_S / 2
+    assert failed.count("fabriclite: Rank 1 of 2 failed first") == 1
+    assert "ConfigError: `devices` must be at least 1" in failed
+    assert "Rank" not in waited
+
+
 def test_a_port_in_use() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -290,7 +317,7 @@ def _models_that_differ(fabric: Fabric) -> None:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_models_that_differ(strategy: str) -> None:
-    with pytest.raises(LaunchError, match="must be the same on all ranks") as caught:
+    with pytest.raises(LaunchError, match="All ranks must build the same model") as caught:
         run(_models_that_differ, strategy, 2)
     assert "weight" in str(caught.value)
     assert "[2, 3]" in str(caught.value)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from fabriclite import collectives
-from fabriclite.errors import ConfigError, MaterializeError
+from fabriclite.errors import MaterializeError
 from fabriclite.strategy import Strategy
 from fabriclite.world import World
 
@@ -44,7 +44,7 @@ def same_on_all(world: World, module: nn.Module) -> None:
     with others would wait in vain, or read one parameter as another. Every rank must call this.
 
     Raises:
-        ConfigError: names the first that differs; on every rank.
+        MaterializeError: names the first that differs; on every rank.
     """
     if world.size == 1:
         return
@@ -58,7 +58,7 @@ def same_on_all(world: World, module: nn.Module) -> None:
     told = collectives.gather_objects(world, own)
     rank = next(rank for rank, theirs in enumerate(told) if theirs != told[0])
     here, there = next(pair for pair in zip_longest(told[0], told[rank], fillvalue="nothing") if pair[0] != pair[1])
-    raise ConfigError(
-        f"The parameters of {type(module).__name__} must be the same on all ranks, but where rank 0 has {here}, rank"
-        f" {rank} has {there}. Build it from what all ranks know, not from the rank."
+    raise MaterializeError(
+        f"All ranks must build the same model, but where the {type(module).__name__} of rank 0 has {here}, that of rank"
+        f" {rank} has {there}. Let no part of the model's code depend on the rank."
     )

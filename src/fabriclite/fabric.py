@@ -278,9 +278,8 @@ class Fabric:
 
         Raises:
             SetupOrderError: ``launch`` is missing, something was set up already, or an optimizer holds state.
-            ConfigError: an argument is of the wrong kind, an optimizer steps other parameters, or the model differs
-                between ranks.
-            MaterializeError: a parameter has no value.
+            ConfigError: an argument is of the wrong kind, or an optimizer steps other parameters.
+            MaterializeError: a parameter has no value, or the model differs between ranks.
         """
         from fabriclite.birth.settle import settled
         from fabriclite.birth.verify import Promise

@@ -6,6 +6,7 @@ the loopback where there is one machine, one line for each new attempt, and what
 
 import logging
 import os
+import signal
 import sys
 import time
 import uuid
@@ -28,14 +29,12 @@ from fabriclite.launch import stores
 from fabriclite.launch.command import Program
 from fabriclite.launch.environments.described import LOOPBACK
 from fabriclite.launch.failures import outlet, verdict
-from fabriclite.launch.failures.members import host
+from fabriclite.launch.failures.members import host, look, this_process
 from fabriclite.launch.failures.record import PREEMPTED
 from fabriclite.launch.failures.verdict import Exit, Verdict
 from fabriclite.launch.local import private_folder, threads_each
 from fabriclite.launch.rank import STORE, attempt_folder
 from fabriclite.launch.wishes import Wishes
-
-_SIGTERM: Final = 15
 
 
 def run(args: Namespace, wishes: Wishes) -> int:
@@ -65,6 +64,8 @@ def run(args: Namespace, wishes: Wishes) -> int:
         args.master_port = 29500  # torchrun's
     with private_folder() as folder:
         os.environ[outlet.FOLDER] = str(folder)
+        if (args.log_dir, args.redirects, args.tee) == (None, "0", "0"):
+            args.log_dir = str(folder)  # torch would leave an empty folder behind
         status = _supervise(_config(args), _command(args), folder)
     del store  # until here it served the ranks
     return status
@@ -197,6 +198,7 @@ class _Agent(LocalElasticAgent):
         self._folder = folder
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        _end_stopped([worker.id for worker in worker_group.workers])
         result: RunResult = super()._monitor_workers(worker_group)
         if result.state == WorkerState.FAILED:
             self._failed_attempts += 1
@@ -214,9 +216,9 @@ class _Agent(LocalElasticAgent):
             return None
         number = self._failed_attempts - 1 if attempt is None else attempt
         now = time.time()
-        by_agent = any(failure.exitcode != -_SIGTERM for failure in result.failures.values())
+        by_agent = any(failure.exitcode != -signal.SIGTERM for failure in result.failures.values())
         exits = [
-            Exit(rank, failure.pid, failure.exitcode, now, by_agent and failure.exitcode == -_SIGTERM)
+            Exit(rank, failure.pid, failure.exitcode, now, by_agent and failure.exitcode == -signal.SIGTERM)
             for rank, failure in result.failures.items()
         ]
         size = self._worker_group.workers[0].world_size
@@ -225,6 +227,25 @@ class _Agent(LocalElasticAgent):
     def close(self) -> None:
         """Leave the rendezvous, unless others go on without this machine."""
         self._spec_of_run.rdzv_handler.shutdown()
+
+
+def _end_stopped(pids: Sequence[int]) -> None:
+    """Once a rank has failed: the agent's SIGTERM does not reach a stopped one, which it would await for 30 s."""
+    if not hasattr(os, "waitid"):  # macOS
+        return
+    failed = [pid for pid in pids if _status(pid)]
+    for pid in pids if failed else ():
+        if look(this_process(-1, pid)) == "stopped":
+            os.kill(pid, signal.SIGKILL)
+
+
+def _status(pid: int) -> int:
+    """Exit status, or signal, of a child that has ended; it is still there to be asked by the agent."""
+    try:
+        found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return 0
+    return 0 if found is None else found.si_status
 
 
 def _why(found: Verdict) -> str:

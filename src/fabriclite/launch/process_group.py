@@ -27,7 +27,8 @@ _MEND: Final = {
     "lsf": "Set them to the host of rank 0 and a free port there: jsrun -E MASTER_ADDR=... -E MASTER_PORT=...",
 }
 """By environment, how what is missing is set; elsewhere torchrun is the way."""
-_LAST_WORD: Final = timedelta(seconds=2)
+_LAST_WORD: Final = timedelta(seconds=6)
+"""How long a rank that failed before all met tries to say so."""
 
 
 def join(

@@ -8,7 +8,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from shutil import rmtree
@@ -22,7 +21,7 @@ from fabriclite.launch.environment import become
 from fabriclite.launch.environments.own import worker_env
 from fabriclite.launch.failures import hooks, outlet, verdict
 from fabriclite.launch.failures.members import StoppedTooLong, host, this_process
-from fabriclite.launch.failures.record import INTERRUPTED, PREEMPTED, Told
+from fabriclite.launch.failures.record import INTERRUPTED, PREEMPTED
 from fabriclite.launch.failures.verdict import Exit
 from fabriclite.launch.failures.watch import Watch
 from fabriclite.launch.local import threads_each
@@ -112,10 +111,25 @@ class _Starter:
             time.sleep(_LOOK_S)
         if self._watch.closing:
             threading.Event().wait()  # it comes to `_finish` by itself
-        self._finish(None)
+        self._finish()
 
-    def _finish(self, told: Told | None) -> NoReturn:
+    def _finish(self) -> NoReturn:
         """The last act of this process after a failure."""
+        status = 1
+        try:
+            self._end_children()
+            found = verdict.judge(outlet.read(self._folder), list(self._exits.values()), host(), self._watch.size)
+            rmtree(self._folder, ignore_errors=True)
+            if found is not None:
+                status = INTERRUPTED if found.first.kind == "interrupted" else found.status
+                print(f"{'' if status == INTERRUPTED else chr(10)}fabriclite: {found.text}", file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # whatever goes wrong there: nobody may wait for this process
+            os._exit(status)
+
+    def _end_children(self) -> None:
+        """They end by themselves, or are ended."""
         deadline = time.monotonic() + _GRACE_S
         while time.monotonic() < deadline and len(self._exits) < len(self._children):
             self._poll(by_us=False)
@@ -125,15 +139,6 @@ class _Starter:
         for child in self._children:
             child.wait()
         self._poll(by_us=True)
-        found = verdict.judge(outlet.read(self._folder), list(self._exits.values()), host(), self._watch.size)
-        rmtree(self._folder, ignore_errors=True)
-        interrupted = found is not None and found.first.kind == "interrupted"
-        if found is not None:
-            print(f"{'' if interrupted else chr(10)}fabriclite: {found.text}", file=sys.stderr)
-        with suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(INTERRUPTED if interrupted else 1 if found is None else found.status)
 
     def _reap(self) -> None:
         """Wait for the children at the end of this process. They may have more to do than this one."""

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as LateError
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from torch.distributed import Store  # type: ignore[attr-defined]  # public, but not in its __all__
 
 T = TypeVar("T")
+_AGAIN_S: Final = 0.1
 
 
 class SilentError(Exception):
@@ -31,6 +32,8 @@ class Line:
     def __init__(self, connect: Callable[[], Store], gone: Callable[[], bool]) -> None:
         self._gone = gone
         self._lost = False
+        self._late: Future[object] | None = None
+        """What was asked last without an answer in time: until it comes, nobody waits long for another."""
         self._asked: SimpleQueue[tuple[Callable[[Store], object], Future[object]]] = SimpleQueue()
         threading.Thread(target=self._serve, args=(connect,), name="fabriclite line", daemon=True).start()
 
@@ -46,8 +49,10 @@ class Line:
         answer: Future[object] = Future()
         self._asked.put((act, answer))
         try:
-            return answer.result(limit_s)  # type: ignore[return-value]  # of this very act
+            late = self._late is not None and not self._late.done()
+            return answer.result(_AGAIN_S if late else limit_s)  # type: ignore[return-value]  # of this very act
         except LateError as error:
+            self._late = answer
             raise SilentError from error
         except RuntimeError as error:  # torch's DistNetworkError and kin
             self._lost = True

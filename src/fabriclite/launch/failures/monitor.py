@@ -67,6 +67,7 @@ class Monitor:
             self._starter_gone()
         if watch.board is None:
             return
+        self._look_for_stopped()  # first: the store may be in one of them
         try:
             first = watch.first()
             if first is not None:
@@ -77,7 +78,7 @@ class Monitor:
         except LostError:
             self._lost()
         except SilentError:
-            self._no_answer += round(2.0 / _LOOK_S)
+            self._no_answer += 1
             if self._no_answer * _LOOK_S > min(self._timeout_s, LONGEST_S):
                 self._of_server("silent", f"has not answered for {self._no_answer * _LOOK_S:.0f} s")
 
@@ -93,13 +94,17 @@ class Monitor:
 
     def _look_at_peers(self) -> None:
         for member in self._watch.peers:
-            state = look(member)
-            self._gone[member.rank] = self._gone.get(member.rank, 0) + 1 if state == "gone" else 0
-            self._stopped[member.rank] = self._stopped.get(member.rank, 0) + 1 if state == "stopped" else 0
+            self._gone[member.rank] = self._gone.get(member.rank, 0) + 1 if look(member) == "gone" else 0
             if self._gone[member.rank] > _SURE_LOOKS and not self._has_left(member):
                 self._end(self._failure(member, "vanished", "ended without a word"))
+
+    def _look_for_stopped(self) -> None:
+        for member in self._watch.peers:
+            stopped = look(member) == "stopped"
+            self._stopped[member.rank] = self._stopped.get(member.rank, 0) + 1 if stopped else 0
             if self._stopped[member.rank] * _LOOK_S > self._timeout_s:
-                self._end(self._failure(member, "stopped", "was stopped (state T) for longer than collectives wait"))
+                line = "was stopped (state T) for longer than collectives wait"
+                self._end(self._failure(member, "stopped", line))
 
     def _has_left(self, member: Member) -> bool:
         assert self._watch.board is not None  # there are no peers before

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
-from fabriclite.launch.failures.record import Failure, Told
+from fabriclite.launch.failures.record import Told
 
 FOLDER: Final = "FABRICLITE_FAILURES"
 """Names the private folder of a starter of ours."""
@@ -71,16 +71,11 @@ def _for_torchrun(told: Told, page: str) -> str:
     Its times are whole seconds: what follows from the first failure is put after it.
     """
     own, first = told.own, told.first
-    cause = first is None or (own is not None and first == own) or first.by == told.rank
-    at = own.at if own is not None else (first.at if first is not None else 0.0)
-    after = int(at) if cause or first is None else max(int(at), int(first.at) + 1)
-    extra = {"py_callstack": page, "timestamp": str(after)}
-    return json.dumps({"message": {"message": _line(own, first), "extraInfo": extra}})
-
-
-def _line(own: Failure | None, first: Failure | None) -> str:
-    about = own or first
-    return "" if about is None else about.line
+    about = first if first is not None and (own is None or first.by == told.rank) else own
+    at, line = (0, "") if about is None else (int(about.at), about.line)
+    if first is not None and first.by != told.rank:
+        at = max(at, int(first.at) + 1)
+    return json.dumps({"message": {"message": line, "extraInfo": {"py_callstack": page, "timestamp": str(at)}}})
 
 
 def _write(path: Path, text: str) -> None:

@@ -22,7 +22,7 @@ from fabriclite.launch.failures.outlet import Outlet
 from fabriclite.launch.failures.page import page
 from fabriclite.launch.failures.record import INTERRUPTED, Failure, Note, Told
 
-Finish = Callable[[Told], NoReturn]
+Finish = Callable[[], NoReturn]
 
 _CAUSE_S: Final = 2.0
 """How long an error that may follow from another rank's waits for that one to be known, in seconds."""
@@ -181,8 +181,9 @@ class Watch:
 
     @property
     def lost_starter(self) -> bool:
-        """Whether a starter of ours started this process, and has ended."""
-        return self.starter_gone is not None and self.starter_gone()
+        """Whether a starter of ours started this process, and has ended, or is a stopped rank that is ended now."""
+        halted = any(m.rank in self._seen and m.pid == os.getppid() for m in self.peers)
+        return self.starter_gone is not None and (halted or self.starter_gone())
 
     # -- telling -------------------------------------------------------------------------------------------------------
     def note(self, line: str = "", doing: str = "") -> Note:
@@ -201,7 +202,8 @@ class Watch:
     def _tell(self, first: Failure, own: Failure | None, note: Note) -> Told:
         """Tell who started this what is known so far."""
         told = Told(rank=self.me.rank, first=first if self.board is not None else None, own=own, note=note)
-        self.outlet.tell(told, page(first, [note]) if own is None or first == own else own.line)
+        tells = own is None or first.by == self.me.rank
+        self.outlet.tell(told, page(first, [note]) if tells or own is None else own.line)
         return told
 
     def _gather(self) -> list[Note]:
@@ -260,13 +262,20 @@ class Watch:
         return self._closing
 
     def _end(self, told: Told, first: Failure, handled: threading.Event) -> NoReturn:
+        status = first.status if told.own is not None else 1
+        try:
+            self._last_acts(told, first, handled)
+        finally:  # whatever goes wrong there: nobody may wait for this process
+            os._exit(INTERRUPTED if first.kind == "interrupted" else status)
+
+    def _last_acts(self, told: Told, first: Failure, handled: threading.Event) -> None:
         begun = time.monotonic()
         text = self._text(told, first)
         self._end_stopped()
         if threading.current_thread() is not threading.main_thread() and told.own is not None:
             handled.wait(max(0.0, begun + _HANDLERS_S - time.monotonic()))
         if self.finish is not None:
-            self.finish(told)
+            self.finish()
         if self.server is not None:
             self._serve_on(begun + _SWEEP_S)
         self._sweep(begun + _SWEEP_S)
@@ -274,10 +283,8 @@ class Watch:
             rmtree(self.outlet.folder, ignore_errors=True)
         if text:
             print(f"fabriclite: {text}", file=sys.stderr)
-        with suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(INTERRUPTED if first.kind == "interrupted" else first.status if told.own is not None else 1)
+        sys.stdout.flush()
+        sys.stderr.flush()
 
     def _text(self, told: Told, first: Failure) -> str:
         """What this process prints: the page, or nothing."""
