@@ -404,12 +404,12 @@ ERRORS: dict[str, tuple[Callable[[], object], type[FabricError], str]] = {
     "port": (
         lambda: find(None, without(recorded.TORCHRUN, MASTER_PORT="70000")),
         WorldError,
-        "MASTER_PORT must be in [1, 65536), but is 70000 … the same on all ranks",
+        "MASTER_PORT must be a port number from 1 to 65535, but is '70000' … the same on all ranks",
     ),
     "port word": (
         lambda: find(None, without(recorded.TORCHRUN, MASTER_PORT="auto")),
         WorldError,
-        "MASTER_PORT must be a whole number, but is 'auto' … torchrun",
+        "MASTER_PORT must be a port number from 1 to 65535, but is 'auto' … the same on all ranks",
     ),
     "unknown name": (
         lambda: named("lsf2"),

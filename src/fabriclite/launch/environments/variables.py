@@ -82,14 +82,15 @@ class Variables:
         Raises:
             WorldError: it is no port.
         """
-        if "MASTER_PORT" not in self.env:
+        port = self.env.get("MASTER_PORT")
+        if port is None:
             return None
-        port = self.number("MASTER_PORT")
-        if not 0 < port < 2**16:
+        if not port.isdecimal() or not 0 < int(port) < 2**16:
             raise WorldError(
-                f"MASTER_PORT must be in [1, 65536), but is {port}. Set a free port, the same on all ranks."
+                f"MASTER_PORT must be a port number from 1 to 65535, but is {port!r}. Set it to a free one, the same on"
+                " all ranks."
             )
-        return port
+        return int(port)
 
     def digits(self, name: str) -> int:
         """The number in a job's name, and 0 where there is none: it only has to be the same in all processes."""
