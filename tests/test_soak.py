@@ -19,19 +19,24 @@ from soaked import GLOBAL_BATCH, SAMPLES
 
 SCRIPT = Path(__file__).parent / "soaked.py"
 FULL = pytest.mark.skipif(not os.environ.get("FULL"), reason="a minute or more each; asked for by FULL=1")
+LONG = [FULL, pytest.mark.timeout(600)]
 SAME = 1e-5
 """Relative difference of losses where another number of ranks adds the same numbers in another order."""
+TORCHRUN = ("-m", "torch.distributed.run")
+RUN = ("-m", "fabriclite", "run")
 Kills = list[tuple[int, int, str]]
 
 
 @contextmanager
-def torchrun(folder: Path, *options: object, launcher: tuple[str, ...]) -> Iterator["subprocess.Popen[str]"]:
-    """The script under torchrun in ``folder``; what is left of it is killed at the end."""
+def started(
+    folder: Path, *options: object, launcher: tuple[str, ...], by: tuple[str, ...] = TORCHRUN
+) -> Iterator["subprocess.Popen[str]"]:
+    """The script under a launcher in ``folder``; what is left of it is killed at the end."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(name, None)
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", *launcher, SCRIPT, folder, *options]
+    command = [sys.executable, *by, *launcher, SCRIPT, folder, *options]
     with (folder / "log").open("a") as log:
         process = subprocess.Popen(
             [*map(str, command)],
@@ -59,10 +64,18 @@ def kill_host(agent: "subprocess.Popen[str]") -> None:
     agent.wait()
 
 
-def soak(folder: Path, ranks: int, kills: Kills, *options: object, restarts: int = 0, limit: float = 150.0) -> int:
+def soak(
+    folder: Path,
+    ranks: int,
+    kills: Kills,
+    *options: object,
+    restarts: int = 0,
+    limit: float = 150.0,
+    by: tuple[str, ...] = TORCHRUN,
+) -> int:
     """Train in ``folder``; the exit status."""
     launcher = ("--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts))
-    with torchrun(folder, "--kills", json.dumps(kills), *options, launcher=launcher) as process:
+    with started(folder, "--kills", json.dumps(kills), *options, launcher=launcher, by=by) as process:
         return process.wait(limit)
 
 
@@ -112,15 +125,15 @@ def plan(steps: int, ranks: int, seed: int) -> Kills:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "steps", "ranks", "kills"),
+    ("by", "strategy", "steps", "ranks", "kills"),
     [
-        pytest.param("ddp", 60, 2, [(22, 1, "backward"), (45, 0, "save")], id="ddp"),
-        pytest.param("ddp", 200, 2, plan(200, 2, seed=1), id="ddp-200", marks=[FULL, pytest.mark.timeout(600)]),
-        pytest.param("fsdp", 200, 3, plan(200, 3, seed=2), id="fsdp-200", marks=[FULL, pytest.mark.timeout(600)]),
+        pytest.param(RUN, "ddp", 60, 2, [(22, 1, "backward"), (45, 0, "save")], id="ddp"),
+        pytest.param(TORCHRUN, "ddp", 200, 2, plan(200, 2, seed=1), id="ddp-200", marks=LONG),
+        pytest.param(RUN, "fsdp", 200, 3, plan(200, 3, seed=2), id="fsdp-200", marks=LONG),
     ],
 )
 def test_the_weights_of_the_run_that_nobody_killed(
-    tmp_path: Path, strategy: str, steps: int, ranks: int, kills: Kills
+    tmp_path: Path, by: tuple[str, ...], strategy: str, steps: int, ranks: int, kills: Kills
 ) -> None:
     """Bit for bit, with dropout: every rank's random numbers go on, too.
 
@@ -128,8 +141,8 @@ def test_the_weights_of_the_run_that_nobody_killed(
     """
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = ("--steps", steps, "--dropout", 0.2, "--strategy", strategy)
-    assert soak(whole, ranks, [], *options) == 0, log_of(whole)
-    assert soak(killed, ranks, kills, *options, restarts=len(kills), limit=500.0) == 0, log_of(killed)
+    assert soak(whole, ranks, [], *options, by=by) == 0, log_of(whole)
+    assert soak(killed, ranks, kills, *options, restarts=len(kills), limit=500.0, by=by) == 0, log_of(killed)
     assert len(list(killed.glob("killed-*"))) == len(kills)
     assert steps_of(killed) == steps_of(whole)
     assert digests_of(killed, ranks) == digests_of(whole, ranks)
@@ -187,9 +200,9 @@ def test_a_machine_goes_and_the_rest_goes_on(tmp_path: Path) -> None:
     assert soak(whole, 4, [], "--steps", 60) == 0, log_of(whole)
     launcher = one_or_two_machines(last_call_s=15)
     options = ("--steps", 60, "--sleep", 0.1)
-    with torchrun(rest, *options, launcher=launcher) as stays:
+    with started(rest, *options, launcher=launcher) as stays:
         time.sleep(2)  # the first agent there serves the rendezvous
-        with torchrun(rest, *options, launcher=launcher) as goes:
+        with started(rest, *options, launcher=launcher) as goes:
             wait_for(rest / "steps" / "22.json", [stays, goes])
             kill_host(goes)
         assert stays.wait(150) == 0, log_of(rest)
@@ -201,17 +214,20 @@ def test_a_machine_goes_and_the_rest_goes_on(tmp_path: Path) -> None:
 
 @FULL
 @pytest.mark.timeout(400)
-def test_a_machine_comes_and_takes_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun stops the ranks for it by SIGTERM: they save, and no step is lost."""
-    # By default an agent that was there tells where the ranks meet in its first round alone: one that comes later waits
-    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+@pytest.mark.parametrize("by", [pytest.param(TORCHRUN, id="torchrun"), pytest.param(RUN, id="run")])
+def test_a_machine_comes_and_takes_its_part(
+    by: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent stops the ranks for it by SIGTERM: they save, and no step is lost."""
+    if by is TORCHRUN:  # whose agent tells where ranks meet in its first round alone: one that comes later waits
+        monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     whole, grows = tmp_path / "whole", tmp_path / "grows"
     assert soak(whole, 4, [], "--steps", 60) == 0, log_of(whole)
     launcher = one_or_two_machines(last_call_s=5)
     options = ("--steps", 60, "--sleep", 0.5, "--save-every", 1000)  # saved for the other machine alone
-    with torchrun(grows, *options, launcher=launcher) as first:
+    with started(grows, *options, launcher=launcher, by=by) as first:
         wait_for(grows / "steps" / "3.json", [first])
-        with torchrun(grows, *options, launcher=launcher) as second:
+        with started(grows, *options, launcher=launcher, by=by) as second:
             assert first.wait(200) == 0, log_of(grows)
             assert second.wait(60) == 0, log_of(grows)
     ranks = [step["ranks"] for step in steps_of(grows)]

@@ -36,6 +36,9 @@ from fabriclite.launch.local import private_folder, threads_each
 from fabriclite.launch.rank import STORE, attempt_folder
 from fabriclite.launch.wishes import Wishes
 
+_SHARED_STORE: Final = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""Set to 1, torch's agents do not serve their own store to the ranks: on one machine ours is there for that."""
+
 
 def run(args: Namespace, wishes: Wishes) -> int:
     """Run the script that ``args`` names on this machine's ranks, and again after failures where that is allowed.
@@ -60,6 +63,8 @@ def run(args: Namespace, wishes: Wishes) -> int:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads_each(size)))
     os.environ.update(wishes.variables())
     store = _meet_on_loopback(args) if _is_alone(args) else None
+    # Torch 2.13's agents tell where ranks meet in their first round alone: one that joins later would wait in vain.
+    os.environ.setdefault(_SHARED_STORE, "1")
     if args.master_port is None:
         args.master_port = 29500  # torchrun's
     with private_folder() as folder:
@@ -98,7 +103,6 @@ def _meet_on_loopback(args: Namespace) -> object:
     args.rdzv_backend, args.rdzv_endpoint, args.rdzv_id = "c10d", address, uuid.uuid4().hex
     args.rdzv_conf = ",".join(filter(None, [args.rdzv_conf, "is_host=false"]))
     args.local_addr = args.local_addr or LOOPBACK
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # the agent would serve the ranks another one
     os.environ[STORE] = address
     return store
 
@@ -133,7 +137,7 @@ def _supervise(config: LaunchConfig, command: Sequence[str], folder: Path) -> in
     try:
         result = agent.run()
     except SignalException as error:
-        if outlet.any_preempted(folder):
+        if agent.preempted:
             return PREEMPTED
         print(f"\nfabriclite: ended by {error.sigval.name}; so are all ranks of this machine.", file=sys.stderr)
         return 128 + int(error.sigval)
@@ -143,7 +147,7 @@ def _supervise(config: LaunchConfig, command: Sequence[str], folder: Path) -> in
     if found is not None:
         print(f"\nfabriclite: {found.text}", file=sys.stderr)
         return found.status
-    return PREEMPTED if outlet.any_preempted(folder) else 0
+    return PREEMPTED if agent.preempted else 0
 
 
 def _spec(config: LaunchConfig, parameters: RendezvousParameters, command: Sequence[str]) -> WorkerSpec:
@@ -209,6 +213,11 @@ class _Agent(LocalElasticAgent):
                 again = f"starting all ranks again, attempt {self._failed_attempts} of {most}"
                 print(f"fabriclite: {again}{why}", file=sys.stderr, flush=True)
         return result
+
+    @property
+    def preempted(self) -> bool:
+        """Whether the last ranks want to be started again. Those before them were: for a machine that joined, say."""
+        return outlet.any_preempted(self._folder, [worker.id for worker in self._worker_group.workers])
 
     def verdict(self, result: RunResult, attempt: int | None = None) -> Verdict | None:
         """What is to be said of a failed attempt, the last one by default; ``None`` if it has not failed."""

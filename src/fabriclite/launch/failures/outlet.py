@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
@@ -51,7 +51,7 @@ class Outlet:
         """Say that this rank wants to be started again; whether there is a starter of ours to hear it."""
         if self.folder is None:
             return False
-        (self.folder / _PREEMPTED).touch()
+        (self.folder / f"{_PREEMPTED}-{os.getpid()}").touch()
         return True
 
 
@@ -60,9 +60,9 @@ def read(folder: Path) -> list[Told]:
     return [Told.from_json(file.read_text()) for file in sorted(folder.glob("rank-*.json"))]
 
 
-def any_preempted(folder: Path) -> bool:
-    """Whether a rank of any attempt wants to be started again."""
-    return any(folder.glob(f"**/{_PREEMPTED}"))
+def any_preempted(folder: Path, pids: Iterable[int]) -> bool:
+    """Whether one of these processes, ranks of any attempt, wants to be started again."""
+    return any(next(folder.glob(f"**/{_PREEMPTED}-{pid}"), None) is not None for pid in pids)
 
 
 def _for_torchrun(told: Told, page: str) -> str:
