@@ -114,6 +114,40 @@ def test_rank_zero_is_killed(starter: str, tmp_path: Path) -> None:
     assert re.search(r"Rank 0 of 3 ended without a word \(killed, or os\._exit\), on host \S+ \(pid \d+\)", page[0])
 
 
+@pytest.mark.parametrize(("starter", "rank"), [("rerun", 0), ("plain", 1)])
+def test_a_rank_that_quits(starter: str, rank: int, tmp_path: Path) -> None:
+    """By ``sys.exit``, while the other is in no collective that would tell."""
+    with Start(tmp_path, starter, "asleep", "quit", rank=rank) as start:
+        ended = start.end()
+    assert ended.left == [], ended.err
+    assert ended.after_s is not None
+    assert ended.after_s < SOON_S
+    assert ended.status[0 if starter == "rerun" else rank] == 4
+    assert len(re.findall("fabriclite: Rank . of 2 exited with status 4", ended.err)) == 1, ended.err
+
+
+def test_a_quit_that_is_caught_is_none(tmp_path: Path) -> None:
+    script = tmp_path / "caught.py"
+    script.write_text(CAUGHT)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+CAUGHT = """
+import sys
+from fabriclite import Fabric
+
+fabric = Fabric(accelerator="cpu", strategy="ddp", devices=2)
+fabric.launch()
+for status in (3, "why", None):
+    try:
+        sys.exit(status)
+    except SystemExit as error:
+        assert error.code == status
+fabric.barrier()
+"""
+
+
 def test_what_the_others_did_is_told(tmp_path: Path) -> None:
     """With a hang: two of three wait for one that has gone to sleep elsewhere."""
     started = time.monotonic()

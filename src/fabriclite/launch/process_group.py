@@ -15,11 +15,11 @@ from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-define
 from fabriclite.errors import ConfigError, WorldError
 from fabriclite.launch import meeting, stores
 from fabriclite.launch.environments.described import Described
-from fabriclite.launch.failures import hooks
+from fabriclite.launch.failures import hooks, quits
 from fabriclite.launch.failures.board import Board
 from fabriclite.launch.failures.line import Line
 from fabriclite.launch.failures.members import Member, look
-from fabriclite.launch.failures.record import Failure
+from fabriclite.launch.failures.record import PREEMPTED, Failure
 from fabriclite.world import World
 
 _MEND: Final = {
@@ -158,7 +158,9 @@ def default_backend(device: torch.device) -> str:
 
 def leave() -> None:
     """Destroy the process group, if one is left; the work is done, and this process may end without a word."""
-    here = hooks.current()
+    here, ending = hooks.current(), quits.heard()
+    if here is not None and ending is not None and quits.status_of(ending) not in (0, PREEMPTED):
+        here[0].ended(quits.status_of(ending), ending)  # the others may still wait for this rank
     if here is not None and not here[0].leave():
         return  # a group in an error state may block its own destruction
     if here is not None:

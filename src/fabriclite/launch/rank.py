@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from fabriclite.launch import parent
-from fabriclite.launch.failures import hooks, outlet
+from fabriclite.launch.failures import hooks, outlet, quits
 from fabriclite.launch.failures.record import PREEMPTED
 
 STORE: Final = "FABRICLITE_STORE"
@@ -63,10 +63,9 @@ def _take_over(env: MutableMapping[str, str]) -> None:
 
 
 def _status(error: SystemExit) -> int:
-    if error.code is None or isinstance(error.code, int):
-        return error.code or 0
-    print(error.code, file=sys.stderr)  # as Python does
-    return 1
+    if not (error.code is None or isinstance(error.code, int)):
+        print(error.code, file=sys.stderr)  # as Python does
+    return quits.status_of(error)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Callable, MutableMapping
 from types import TracebackType
 from typing import Any
 
+from fabriclite.launch.failures import quits
 from fabriclite.launch.failures.members import this_process
 from fabriclite.launch.failures.monitor import Monitor
 from fabriclite.launch.failures.outlet import Outlet
@@ -36,6 +37,7 @@ def begin(
     _here = (os.getpid(), watch, Monitor(watch))
     if _before is None:
         _before, sys.excepthook = sys.excepthook, _hook
+        quits.listen()
     return _here[1:]
 
 
