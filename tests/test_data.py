@@ -993,6 +993,28 @@ def test_a_loader_that_saves_its_place_itself(alone: bool) -> None:
     assert [listed(resumed) for _ in range(2)] == [passes[1][2:], passes[2]]
 
 
+@pytest.mark.filterwarnings("ignore:'set_vital'")  # of torchdata itself
+@pytest.mark.parametrize("workers", [0, 2])
+def test_torchdata_keeps_its_place(workers: int) -> None:
+    """On each of two ranks, in the middle of a pass; together they see every sample once."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    def loader(rank: int) -> FabricDataLoader:
+        made: Any = StatefulDataLoader(range(24), batch_size=2, shuffle=True, num_workers=workers)
+        return FabricDataLoader(shard(made, 2, rank, 7), None)
+
+    seen: list[int] = []
+    for rank in range(2):
+        passes = [listed(straight) for straight in [loader(rank)] for _ in range(2)]
+        saved, resumed = loader(rank), loader(rank)
+        run = iter(saved)
+        begun = [next(run).tolist() for _ in range(4)]
+        resumed.load_state_dict(copy.deepcopy(saved.state_dict()))
+        assert [begun + listed(resumed), listed(resumed)] == passes
+        seen += [number for batch in passes[0] for number in batch]
+    assert sorted(seen) == list(range(24))
+
+
 class Unasked(DataLoader[Any]):
     """Reads without its sampler."""
 
