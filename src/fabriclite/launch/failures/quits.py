@@ -15,7 +15,8 @@ class _Quit(SystemExit):
     __module__, __qualname__ = "builtins", "SystemExit"  # what tracebacks and pickles know it as
 
     def __del__(self) -> None:
-        if threading.current_thread() is threading.main_thread() and sys._getframe().f_back is None:
+        in_main = not sys.is_finalizing() and threading.current_thread() is threading.main_thread()
+        if in_main and sys._getframe().f_back is None:
             _uncaught.append(self)
 
 
