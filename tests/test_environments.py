@@ -41,6 +41,7 @@ from fabriclite.launch.stores import serve
 from worlds import run
 
 LOOPBACK = "127.0.0.1"
+FULL = pytest.mark.skipif(not os.environ.get("FULL"), reason="seconds each; asked for by FULL=1")
 
 # -- recorded variables ------------------------------------------------------------------------------------------------
 
@@ -712,7 +713,11 @@ def started(commands: list[list[str]], environments: list[dict[str, str]], limit
     return [json.loads(line) for out, _ in ended for line in out.splitlines() if line.startswith("[")]
 
 
-@pytest.mark.parametrize("case", LAUNCHERS)
+USUAL = ("srun on two nodes", "mpi4py", "PyTorchJob")
+"""One that works out its address, one that asks for it, one that is told."""
+
+
+@pytest.mark.parametrize("case", [c if c in USUAL else pytest.param(c, marks=FULL) for c in LAUNCHERS])
 def test_processes_meet(case: str, tmp_path: Path) -> None:
     launcher = LAUNCHERS[case]
     (tmp_path / "meet.py").write_text(MEET)

@@ -24,6 +24,7 @@ SCRIPT = Path(__file__).parent / "preempted.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 HANDS_ON = (*TORCHRUN, "--signals-to-handle", "SIGTERM,SIGUSR1")
 LIMIT_S = 60.0
+FSDP = ("--strategy", "fsdp")
 FULL = pytest.mark.skipif(not os.environ.get("FULL"), reason="seconds each; asked for by FULL=1")
 
 
@@ -246,7 +247,7 @@ def loads(path: Path) -> int:
     [
         pytest.param((), ["--devices", "2", "--during", "backward"], 75, 4, id="script run again, rank 1"),
         pytest.param((), ["--devices", "2", "--to", "family", "--workers", "1"], 75, 4, id="the whole session"),
-        pytest.param(TORCHRUN, ["--to", "all", "--during", "save", "--strategy", "fsdp"], 1, 4, id="torchrun, all"),
+        pytest.param(TORCHRUN, [*FSDP, "--to", "all", "--during", "save"], 1, 4, id="torchrun, all", marks=FULL),
         pytest.param(TORCHRUN, ["--to", "parent"], 1, None, id="torchrun's agent"),
         pytest.param((), ["--devices", "1"], 75, 3, id="one process", marks=FULL),
         pytest.param((), ["--devices", "1", "--during", "save", "--asynchronous"], 75, 3, id="a save", marks=FULL),
