@@ -111,7 +111,7 @@ class Recorder(_torch.DispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     # -- recorded tensors --------------------------------------------------------------
-    # What constructors do most, filling and making, is noted by itself: it needs a fifth of the time.
+    # What constructors do most, filling and making, is noted by itself: the general way asks much that it knows.
     def _note_fill(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> Tensor:
         """Note that a recorded tensor, in storage ``number``, is filled from numbers alone."""
         self.recording.take_back()
@@ -137,13 +137,8 @@ class Recorder(_torch.DispatchMode):  # type: ignore[no-untyped-call]
 
     def _note_new(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Note that a tensor is made of nothing."""
-        known, wanted = facts.of(func), kwargs.get("device")
-        on_meta = {**kwargs, "device": _META}
-        for name in ("pin_memory", "generator"):
-            if on_meta.get(name) is not None:
-                on_meta[name] = None
-        result = func(*args, **on_meta)
-        device = self.device if wanted is None or torch.device(wanted) == _META else torch.device(wanted)
+        result = func(*args, **_for_meta(func, kwargs, has_recorded=False))
+        device = self._device_of(args, kwargs, [])
         out = flat(result)
         outs, creates = self._enter(out, device)
         noted = dict(kwargs)
@@ -158,7 +153,7 @@ class Recorder(_torch.DispatchMode):  # type: ignore[no-untyped-call]
             creates=creates,
             outs=outs,
         )
-        if known.random:
+        if facts.of(func).random:
             op.draw = self._draw(op, out[0], args, kwargs, device)
         self.recording.add(op)
         return result

@@ -19,7 +19,7 @@ from fabriclite.errors import ConfigError, LaunchError
 from fabriclite.launch import parent, stores
 from fabriclite.launch.environment import become
 from fabriclite.launch.environments.own import worker_env
-from fabriclite.launch.failures import hooks, outlet, verdict
+from fabriclite.launch.failures import hooks, outlet, quits, verdict
 from fabriclite.launch.failures.members import StoppedTooLong, host, this_process
 from fabriclite.launch.failures.record import PREEMPTED
 from fabriclite.launch.failures.verdict import Exit
@@ -186,7 +186,7 @@ def _work(writer: Connection, rank: int, size: int, env: dict[str, str], usual: 
         if error.code == PREEMPTED:
             leave()
             os._exit(PREEMPTED)
-        watch.ended(error.code if isinstance(error.code, int) and error.code else 1, error)
+        watch.ended(quits.status_of(error) or 1, error)
     except BaseException as error:  # a rank must report whatever ended it, CheckpointException included
         watch.failed(error)
     writer.send_bytes(message)
