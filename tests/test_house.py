@@ -12,12 +12,13 @@ import fabriclite
 SRC = Path(fabriclite.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 FLOORS = {
-    0: ("errors", "precision", "world", "devices", "_torch"),
+    0: ("errors", "precision", "world", "devices", "layout", "_torch"),
     1: ("birth", "boxes", "shards", "stored", "stretch", "seed"),
     2: (
         "strategy",
         "agreement",
         "module_state",
+        "callbacks",
         "collectives",
         "gradients",
         "optim",
@@ -30,7 +31,7 @@ FLOORS = {
         "environments",
     ),
     3: ("strategies", "module", "checkpoint"),
-    4: ("registry", "arguments", "books", "checks", "entries", "preemption"),
+    4: ("registry", "arguments", "books", "checks", "entries", "preemption", "planning", "watching"),
     5: ("fabric",),
     6: ("", "cli", "doctor", "__main__"),
 }

@@ -16,6 +16,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from fabriclite.callbacks import Callbacks
 from fabriclite.collectives import broadcast
 from fabriclite.data_passes import Reading, checked, parts_of, passes_of
 from fabriclite.data_samplers import EpochSampler, ShardedSampler
@@ -129,7 +130,11 @@ def check_loader(loader: object) -> None:
 
 
 def set_up(
-    loader: DataLoader[Any], world: World, parts: tuple[int, int] | None, device: torch.device | None
+    loader: DataLoader[Any],
+    world: World,
+    parts: tuple[int, int] | None,
+    device: torch.device | None,
+    callbacks: Callbacks,
 ) -> "FabricDataLoader":
     """The loader that this rank reads. Every rank must call this.
 
@@ -138,6 +143,7 @@ def set_up(
         world: the processes; rank 0's seed decides the order on all of them.
         parts: ``(replicas, index)`` of the data this rank reads; ``None`` leaves that to the user.
         device: where batches go; ``None`` leaves them where they are.
+        callbacks: who is told of batches.
     """
     if parts is not None:
         generator = getattr(loader.sampler, "generator", None) or loader.generator
@@ -146,7 +152,7 @@ def set_up(
     init = worker_init(world.rank)
     if init is not None and loader.num_workers > 0 and loader.worker_init_fn is None:
         loader.worker_init_fn = init
-    return FabricDataLoader(loader, device, world)
+    return FabricDataLoader(loader, device, world, callbacks)
 
 
 class FabricDataLoader:
@@ -172,8 +178,15 @@ class FabricDataLoader:
       of workers are others. With ``in_order=False``, which batches came first is not known: their number counts.
     """
 
-    def __init__(self, loader: DataLoader[Any], device: torch.device | None, world: World | None = None) -> None:
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        device: torch.device | None,
+        world: World | None = None,
+        callbacks: Callbacks | None = None,
+    ) -> None:
         self._loader = loader
+        self._callbacks = callbacks or Callbacks()
         self._device = device  # None: batches stay where they are
         self._passes = passes_of(loader, world or World())
 
@@ -184,10 +197,16 @@ class FabricDataLoader:
     def __iter__(self) -> Iterator[Any]:
         if self._loader.num_workers > 0:
             self._loader.worker_init_fn = shielded(self._loader.worker_init_fn)
-        return Reading(self._passes, self._arrived)
+        return Reading(self._passes, self._asked, self._arrived)
+
+    def _asked(self) -> None:
+        self._callbacks.call("on_before_batch", loader=self)
 
     def _arrived(self, batch: Any) -> Any:
-        return batch if self._device is None or self._device.type == "cpu" else to_device(batch, self._device)
+        if self._device is not None and self._device.type != "cpu":
+            batch = to_device(batch, self._device)
+        self._callbacks.call("on_after_batch", loader=self, batch=batch)
+        return batch
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -237,7 +256,7 @@ class FabricDataLoader:
         return getattr(self._loader, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("_loader", "_device", "_passes"):
+        if name in ("_loader", "_device", "_passes", "_callbacks"):
             object.__setattr__(self, name, value)
         else:
             setattr(self._loader, name, value)

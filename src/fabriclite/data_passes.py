@@ -248,8 +248,9 @@ def _noting(inner: Iterator[Any], own: dict[str, Any]) -> Iterator[Any]:
 class Reading(Iterator[Any]):
     """One pass, handed out and counted batch by batch."""
 
-    def __init__(self, passes: Passes, move: Callable[[Any], Any]) -> None:
+    def __init__(self, passes: Passes, asked: Callable[[], None], move: Callable[[Any], Any]) -> None:
         self._passes = passes
+        self._asked = asked
         self._move = move
         self._before = passes.sampler.begun
         self._inner, self._run = passes.begin()
@@ -283,6 +284,7 @@ class Reading(Iterator[Any]):
 
     @override
     def __next__(self) -> Any:
+        self._asked()
         try:
             batch = next(self._inner)
         except StopIteration:

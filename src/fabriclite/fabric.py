@@ -15,6 +15,7 @@ from fabriclite import data as loaders
 from fabriclite.birth import session
 from fabriclite.birth.plan import enter
 from fabriclite.books import Books
+from fabriclite.callbacks import Callbacks
 from fabriclite.checkpoint.formats import Format, Safetensors
 from fabriclite.checkpoint.report import LoadReport
 from fabriclite.checkpoint.saving import SaveHandle, Saver, wait_for_all
@@ -85,7 +86,7 @@ class Fabric:
         )
         make_deterministic(deterministic)
         arguments.check_loggers(arguments.as_list(loggers))
-        self._callbacks = arguments.as_list(callbacks)
+        self._callbacks = Callbacks(arguments.as_list(callbacks))
         self._loggers = arguments.as_list(loggers)
         self._environment = arguments.this_environment(plugins)
         process_group.expect(self._environment)
@@ -301,12 +302,14 @@ class Fabric:
             engine, stepping = strategy.setup(module, births, optimizers)
             if strategy.sharded and born:
                 checks.verify(strategy, engine, promise, at_birth=True)
-            pane = FabricModule(engine, strategy)
+            pane = FabricModule(engine, strategy, self._callbacks)
             self._books.enter_module(pane, bindings, promise)
             for before, after in zip(optimizers, stepping, strict=True):
                 self._books.enter_optimizer(after, strategy, module)
+                self._callbacks.listen_to(after, self._config)
                 if scheduler is not None and scheduler.optimizer is before:
                     scheduler.optimizer = after
+        self._callbacks.call("on_after_setup", fabric=self, module=pane)
         result = [pane, *stepping] if scheduler is None else [pane, *stepping, scheduler]
         return tuple(result) if len(result) > 1 else pane
 
@@ -353,6 +356,7 @@ class Fabric:
         self._books.check_optimizers(optimizers)
         for optimizer in optimizers:
             self._books.enter_optimizer(optimizer, strategy)
+            self._callbacks.listen_to(optimizer, self._config)
         return optimizers if len(optimizers) > 1 else optimizers[0]
 
     def setup_dataloaders(
@@ -382,7 +386,7 @@ class Fabric:
             loaders.check_loader(loader)
         device = self.device if move_to_device else None
         parts = shard if use_distributed_sampler else None
-        ready = [loaders.set_up(loader, self._world, parts, device) for loader in dataloaders]
+        ready = [loaders.set_up(loader, self._world, parts, device, self._callbacks) for loader in dataloaders]
         return ready if len(ready) > 1 else ready[0]
 
     # -- training --------------------------------------------------------------
@@ -405,7 +409,10 @@ class Fabric:
                 " Pass the loss itself, not loss.item() or a model's whole output."
             )
         session.tidy()
-        self._running.backward(None if model is None else self._books.engine(model), tensor, *args, **kwargs)
+        engine = None if model is None else self._books.engine(model)
+        self._callbacks.call("on_before_backward", loss=tensor)
+        self._running.backward(engine, tensor, *args, **kwargs)
+        self._callbacks.call("on_after_backward", loss=tensor)
 
     def clip_gradients(
         self,
@@ -437,11 +444,15 @@ class Fabric:
         arguments.check_clipping(clip_val, max_norm, norm_type)
         engine = self._books.engine(module)
         self._books.engine_of(optimizer)
+        norm = None
         if clip_val is not None:
             self._running.clip_grad_value(engine, optimizer, float(clip_val))
-            return None
-        assert max_norm is not None  # checked above
-        return self._running.clip_grad_norm(engine, optimizer, float(max_norm), float(norm_type), error_if_nonfinite)
+        else:
+            assert max_norm is not None  # checked above
+            largest, p = float(max_norm), float(norm_type)
+            norm = self._running.clip_grad_norm(engine, optimizer, largest, p, error_if_nonfinite)
+        self._callbacks.call("on_after_clip_gradients", module=module, optimizer=optimizer, norm=norm)
+        return norm
 
     def no_backward_sync(self, module: nn.Module, enabled: bool = True) -> AbstractContextManager[None]:
         """Within it, ``backward`` need not make gradients agree between ranks: for all but the last of several
@@ -529,7 +540,9 @@ class Fabric:
 
         parts = self._parts(state)
         order = session.ordered(path, filter, format, keep_last, asynchronous, parts)
-        return session.save(self._running, self._saver, parts, order)
+        handle = session.save(self._running, self._saver, parts, order)
+        self._callbacks.call("on_after_save", path=path, asynchronous=asynchronous)
+        return handle
 
     def load(
         self, path: str | Path, state: dict[str, Any] | None = None, strict: bool = True, *, weights_only: bool = True
@@ -554,7 +567,9 @@ class Fabric:
 
         self._saver.wait()
         parts = None if state is None else self._parts(state)
-        return loading.load(self._running, path, parts, strict, weights_only)
+        rest = loading.load(self._running, path, parts, strict, weights_only)
+        self._callbacks.call("on_after_load", path=path)
+        return rest
 
     def load_raw(
         self,
@@ -638,20 +653,14 @@ class Fabric:
             print(*args, **kwargs)
 
     def call(self, hook_name: str, *args: Any, **kwargs: Any) -> None:
-        """Run ``hook_name(*args, **kwargs)`` of every callback that has it.
+        """Run ``hook_name(*args, **kwargs)`` of every callback that has it. What one raises ends the run.
+
+        :mod:`fabriclite.callbacks` has the hooks that are called by themselves.
 
         Raises:
             ConfigError: a callback's attribute of that name is no method.
         """
-        for callback in self._callbacks:
-            method = getattr(callback, hook_name, None)
-            if method is None:
-                continue
-            if not callable(method):
-                raise ConfigError(
-                    f"{type(callback).__name__}.{hook_name} must be a method to be called, but is {method!r}."
-                )
-            method(*args, **kwargs)
+        self._callbacks.call(hook_name, *args, **kwargs)
 
     def log(self, name: str, value: Any, step: int | None = None) -> None:
         """Hand one number to every logger."""

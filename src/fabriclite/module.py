@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from fabriclite.callbacks import Callbacks
 from fabriclite.errors import ConfigError
 from fabriclite.strategy import Finish, Strategy
 from fabriclite.stretch import Stretch
@@ -31,6 +32,7 @@ class FabricModule:
     Args:
         engine: what the strategy made of the module.
         strategy: the running strategy.
+        callbacks: who is told of its calls.
     """
 
     __slots__ = (*_SLOTS, "__weakref__")
@@ -41,8 +43,10 @@ class FabricModule:
     _fl_forward: Callable[..., Any]
     _fl_marked: set[str]
 
-    def __init__(self, engine: nn.Module, strategy: Strategy) -> None:
-        values = (strategy.user_module(engine), engine, strategy, strategy.forward(engine), set[str]())
+    def __init__(self, engine: nn.Module, strategy: Strategy, callbacks: Callbacks) -> None:
+        module = strategy.user_module(engine)
+        forward = callbacks.around_forward(strategy.forward(engine), module)
+        values = (module, engine, strategy, forward, set[str]())
         for name, value in zip(_SLOTS, values, strict=True):
             object.__setattr__(self, name, value)
 

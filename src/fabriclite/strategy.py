@@ -12,6 +12,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from fabriclite.birth.plan import InitPlan
+from fabriclite.layout import Layout
 from fabriclite.precision import Precision, PrecisionName
 from fabriclite.world import World
 
@@ -177,5 +178,8 @@ class StrategyConfig(Protocol):
 
     def check_world(self, size: int) -> None:
         """Raise ``ConfigError`` if it cannot run on ``size`` processes."""
+
+    def layout(self, size: int, precision: Precision) -> Layout:
+        """How a model lies on ``size`` processes: a pure value, no process is needed."""
 
     def build(self, *, world: World, precision: Precision) -> Strategy: ...

@@ -6,11 +6,13 @@ This file imports nothing heavy. ``build`` imports the running strategy, so that
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, cast, final, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypedDict, cast, final, get_args
 
+import torch
 from torch import nn
 
 from fabriclite.errors import ConfigError
+from fabriclite.layout import Layout
 from fabriclite.precision import NAMES, Precision, PrecisionName
 from fabriclite.strategy import StartMethod, Strategy
 from fabriclite.world import World
@@ -23,6 +25,14 @@ WrapPredicate = Callable[[str, nn.Module], bool]
 WrapPolicy = set[type[nn.Module]] | frozenset[type[nn.Module]] | WrapPredicate | None
 ParallelizeFn = Callable[[nn.Module, "DeviceMesh"], nn.Module]
 Plan = Mapping[str, "str | ParallelStyle"]
+
+
+class _Dtypes(TypedDict):
+    param_dtype: torch.dtype
+    compute_dtype: torch.dtype
+    reduce_dtype: torch.dtype
+    grad_dtype: torch.dtype
+
 
 _ALL: Final[frozenset[PrecisionName]] = frozenset(NAMES)
 DEFAULT_TIMEOUT: Final = timedelta(minutes=30)
@@ -45,6 +55,9 @@ class SingleDeviceStrategy:
                 f"`devices` must be 1 with strategy 'single_device', but {size} processes were asked for."
                 " Choose strategy='ddp' or 'fsdp' to use them all."
             )
+
+    def layout(self, size: int, precision: Precision) -> Layout:
+        return Layout(**_dtypes(precision))
 
     def build(self, *, world: World, precision: Precision) -> Strategy:
         from fabriclite.strategies.single import SingleDevice
@@ -103,6 +116,14 @@ class DDPStrategy:
     def check_world(self, size: int) -> None:
         """Any size."""
 
+    def layout(self, size: int, precision: Precision) -> Layout:
+        return Layout(
+            replicate=size,
+            bucket_bytes=(self.bucket_cap_mb or 25) * 2**20,
+            gradients_in_buckets=self.gradient_as_bucket_view,
+            **_dtypes(precision),
+        )
+
     def build(self, *, world: World, precision: Precision) -> Strategy:
         from fabriclite.strategies.ddp import DDP
 
@@ -157,6 +178,21 @@ class FSDPStrategy:
                 f"`device_mesh` must multiply to the world size {size}, but {replicate} x {shard} is"
                 f" {replicate * shard}. Change `devices` or the sizes."
             )
+
+    def layout(self, size: int, precision: Precision) -> Layout:
+        replicate, shard = self.device_mesh or (1, size)
+        return Layout(
+            replicate=replicate,
+            shard=shard,
+            shards_parameters=True,
+            shards_gradients=True,
+            shards_optimizer=True,
+            gathers=True,
+            reshard_after_forward=self.reshard_after_forward,
+            parameters_on_host=self.cpu_offload,
+            optimizer_on_host=self.cpu_offload,
+            **_dtypes(precision),
+        )
 
     def build(self, *, world: World, precision: Precision) -> Strategy:
         from fabriclite.strategies.fsdp import FSDP
@@ -243,6 +279,19 @@ class ModelParallelStrategy:
     def check_world(self, size: int) -> None:
         self.sizes(size)
 
+    def layout(self, size: int, precision: Precision) -> Layout:
+        data, tensor = self.sizes(size)
+        return Layout(
+            shard=data,
+            tensor=tensor,
+            shards_parameters=data > 1,
+            shards_gradients=data > 1,
+            shards_optimizer=data > 1,
+            gathers=data > 1,
+            reshard_after_forward=self.reshard_after_forward,
+            **_dtypes(precision),
+        )
+
     def build(self, *, world: World, precision: Precision) -> Strategy:
         from fabriclite.strategies.tensor_parallel import TensorParallel
 
@@ -287,10 +336,32 @@ class DeepSpeedStrategy:
     def check_world(self, size: int) -> None:
         """Any size."""
 
+    def layout(self, size: int, precision: Precision) -> Layout:
+        return Layout(
+            shard=size,
+            shards_parameters=self.stage == 3,
+            shards_gradients=self.stage >= 2,
+            shards_optimizer=True,
+            gathers=self.stage == 3,
+            master=precision.half,
+            parameters_on_host=self.offload_parameters,
+            optimizer_on_host=self.offload_optimizer,
+            **_dtypes(precision),
+        )
+
     def build(self, *, world: World, precision: Precision) -> Strategy:
         from fabriclite.strategies.deepspeed import DeepSpeed
 
         return DeepSpeed.make(self, world, precision)
+
+
+def _dtypes(precision: Precision) -> "_Dtypes":
+    return {
+        "param_dtype": precision.param_dtype,
+        "compute_dtype": precision.compute_dtype,
+        "reduce_dtype": precision.reduce_dtype,
+        "grad_dtype": precision.param_dtype,
+    }
 
 
 def _check_start_method(value: str) -> None:

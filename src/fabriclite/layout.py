@@ -1,0 +1,59 @@
+"""How one strategy spreads a model over a world, as numbers: what planning has to know of it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """What each rank holds, gathers and sends. Made by ``config.layout(size, precision)``; holds no process.
+
+    Attributes:
+        replicate: groups of ranks that each hold the model once.
+        shard: ranks of such a group over which data parallelism splits it.
+        tensor: ranks that share one matrix product.
+        shards_parameters, shards_gradients, shards_optimizer: what is split over ``shard``.
+        gathers: parameters are gathered a group at a time to compute with (FSDP, ZeRO-3).
+        reshard_after_forward: gathered groups are freed between forward and backward; ``None``: all but the root.
+        bucket_bytes: size of the buffers in which gradients travel, in bytes; 0: none are kept.
+        gradients_in_buckets: gradients live in those buffers, and take no memory of their own.
+        master: parameters are kept a second time, in float32, for the optimizer.
+        param_dtype: of parameters at rest.
+        compute_dtype: of gathered parameters.
+        reduce_dtype: of gradients on the wire.
+        grad_dtype: of gradients at rest.
+        parameters_on_host, optimizer_on_host: kept in host memory.
+    """
+
+    replicate: int = 1
+    shard: int = 1
+    tensor: int = 1
+    shards_parameters: bool = False
+    shards_gradients: bool = False
+    shards_optimizer: bool = False
+    gathers: bool = False
+    reshard_after_forward: bool | None = None
+    bucket_bytes: int = 0
+    gradients_in_buckets: bool = False
+    master: bool = False
+    param_dtype: torch.dtype = torch.float32
+    compute_dtype: torch.dtype = torch.float32
+    reduce_dtype: torch.dtype = torch.float32
+    grad_dtype: torch.dtype = torch.float32
+    parameters_on_host: bool = False
+    optimizer_on_host: bool = False
+
+    @property
+    def world(self) -> int:
+        return self.replicate * self.shard * self.tensor
+
+    @property
+    def data(self) -> int:
+        """Ranks that read different data."""
+        return self.replicate * self.shard
+
+
+Link = Literal["node", "network", "host"]
+"""Between devices of one machine, between machines, between a device and its host."""
