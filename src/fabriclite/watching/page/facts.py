@@ -11,6 +11,7 @@ from fabriclite.watching.page.gather import Seen
 from fabriclite.watching.page.ink import clean
 from fabriclite.watching.page.marks import LOOKS
 from fabriclite.watching.page.pictures import mean_of, time_range
+from fabriclite.watching.page.planned import measured_peak
 from fabriclite.watching.page.units import amount, counted, duration, moment
 from fabriclite.watching.records import Event
 
@@ -77,7 +78,7 @@ def head(seen: Seen, name: str, now: float) -> list[tuple[str, str]]:
         ("precision", last.precision),
         ("processes", f"{last.world_size:,} on {counted(last.nodes, 'machine', 'machines')}"),
         ("device", last.device),
-        ("parameters", "" if last.parameters is None else f"{amount(last.parameters)} ({short(last.parameters)})"),
+        ("parameters", "" if last.parameters is None else f"{last.parameters:,} ({short(last.parameters)})"),
         ("versions", ", ".join(f"{name} {text}" for name, text in last.versions.items())),
         ("steps done", steps),
         ("first start", moment(first)),
@@ -114,10 +115,10 @@ def cards(seen: Seen) -> list[tuple[str, str, str]]:
             found.append((what, amount(float(np.median(curve.finite)), unit), "median"))  # type: ignore[arg-type]
     took = seen.spreads.get("seconds")
     if took is not None and len(took.high.finite):
-        found.append(("a step", amount(float(np.median(took.high.finite)), "seconds"), "median of the slowest rank"))
-    peaks = [rank.peak for rank in seen.ranks if rank.peak is not None]
-    if peaks:
-        found.append(("peak memory", amount(max(peaks), "bytes"), "of the rank that took most"))
+        found.append(("a step", amount(float(np.median(took.high.finite)), "seconds"), "median, slowest rank"))
+    peak = measured_peak(seen)
+    if peak is not None:
+        found.append(("peak memory", amount(peak[0], "bytes"), f"on rank {peak[1]}"))
     return found
 
 

@@ -41,8 +41,8 @@ def heat_picture(name: str, title: str, found: HeatMap, seen: Seen) -> Picture:
         f" {amount(float(found.values[rank, column]), 'seconds')} on rank {rank * found.ranks_per_row}"
         f" near step {found.first + column * found.steps_per_column:,.0f}"
     )
-    notes = [f"each column: mean of {found.steps_per_column:,.3g} steps" if found.steps_per_column > 1 else ""]
-    notes += [f"each row: the slowest of {found.ranks_per_row} ranks" if found.ranks_per_row > 1 else ""]
+    notes = [f"Each column: mean of {found.steps_per_column:,.3g} steps" if found.steps_per_column > 1 else ""]
+    notes += [f"Each row: the slowest of {found.ranks_per_row} ranks" if found.ranks_per_row > 1 else ""]
     height = 1.2 + min(3.0, 0.05 * len(found.values) + 0.6)
     svg = drawn(name, title, alt, (WIDE, height), draw)
-    return Picture(name, title, alt, svg, wide=True, note="; ".join(note for note in (*notes, alt) if note))
+    return Picture(name, title, alt, svg, wide=True, note=". ".join([*filter(None, notes), alt]) + ".")

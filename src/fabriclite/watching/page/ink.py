@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from fabriclite.errors import ConfigError
-from fabriclite.watching.page.units import Unit, amount, scale
+from fabriclite.watching.page.units import Unit, scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -167,6 +167,10 @@ def scale_y(axes: "Axes", unit: Unit) -> None:
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5, min_n_ticks=2))
         axes.ticklabel_format(axis="y", useOffset=False)
+        if 1e3 <= max(abs(low), abs(high)) < 1e7:
+            axes.yaxis.set_major_formatter(
+                FuncFormatter(lambda value, _: f"{value:,.4g}" if value % 1 else f"{value:,.0f}")
+            )
     axes.set_ylabel(name)
 
 
@@ -214,15 +218,21 @@ def label_ends(axes: "Axes", ends: Sequence[tuple[float, str, str]]) -> None:
         at = (axes.transData.transform((0, value))[1] - low) / max(high - low, 1e-9)
         places.append((min(max(at, 0.0), 1.0), text, ink))
     least = 9.5 / height
-    taken = -1.0
-    for at, text, ink in sorted(places):
-        taken = max(at, taken + least)
+    for taken, text, ink in _apart(places, least):
         axes.annotate(
             text, (1, taken), (3, 0), xycoords="axes fraction", textcoords="offset points", va="center", color=ink,
             fontsize=8, annotation_clip=False,
         )  # fmt: skip
 
 
-def last_label(value: float, unit: Unit) -> str:
-    """What stands at the end of a line."""
-    return amount(value, unit)
+def _apart(places: Sequence[tuple[float, str, str]], least: float) -> list[tuple[float, str, str]]:
+    """The same, moved up until none is nearer to another than ``least``, then down until none is above 1."""
+    found: list[tuple[float, str, str]] = []
+    for at, text, ink in sorted(places):
+        found.append((max(at, found[-1][0] + least) if found else at, text, ink))
+    ceiling = 1.0
+    for index in range(len(found) - 1, -1, -1):
+        at, text, ink = found[index]
+        found[index] = (min(at, ceiling), text, ink)
+        ceiling = found[index][0] - least
+    return found

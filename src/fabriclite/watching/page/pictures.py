@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from fabriclite.watching.page.buckets import alone, bucketed, needs_log
+from fabriclite.watching.page.buckets import Buckets, alone, bucketed, needs_log
 from fabriclite.watching.page.curves import Curve, Floats
 from fabriclite.watching.page.gather import Seen, Spread
 from fabriclite.watching.page.ink import (
@@ -57,12 +57,16 @@ def curve_picture(name: str, title: str, curve: Curve, unit: Unit, seen: Seen, m
 def lines_picture(
     name: str, title: str, curves: Sequence[tuple[str, Curve]], unit: Unit, seen: Seen, marks: Sequence[Mark]
 ) -> Picture:
-    """The same number of a few ranks: one colour each."""
+    """The same number of a few ranks: one colour each, and one band behind all of them."""
+    lines = [bucketed(curve.steps, curve.values, 200) for _, curve in curves]
+    merged = max((line.points for line in lines), default=1)
 
     def draw(axes: "Axes") -> None:
         ends = []
-        for number, (label, curve) in enumerate(curves):
-            draw_line(axes, curve.steps, curve.values, colour(number), 200)
+        for number, ((label, curve), line) in enumerate(zip(curves, lines, strict=True)):
+            if merged > 1:
+                axes.fill_between(line.steps, line.low, line.high, color=COLOURS["grid"], linewidth=0)
+            draw_joined(axes, line, colour(number), dotted=len(curve.steps) <= 30)
             if len(curve.finite):
                 ends.append((float(curve.finite[-1]), label, colour(number)))
         _from_zero(axes)
@@ -73,7 +77,8 @@ def lines_picture(
 
     alt = "; ".join(f"{label}: {_in_words(curve, unit)}" for label, curve in curves)
     svg = drawn(name, title, alt, (HALF, 2.3), draw)
-    return Picture(name, title, alt, svg, note=_note([curve for _, curve in curves], 200))
+    note = f"lines: means of up to {merged:,} logged steps, band: the least and most of all ranks"
+    return Picture(name, title, alt, svg, note=note if merged > 1 else "")
 
 
 def spreads_picture(
@@ -88,7 +93,7 @@ def spreads_picture(
             high = bucketed(spread.high.steps, spread.high.values, _POINTS)
             mean = bucketed(spread.mean.steps, spread.mean.values, _POINTS)
             axes.fill_between(low.steps, low.low, high.high, color=colour(number), alpha=0.25, linewidth=0)
-            axes.plot(mean.steps, mean.mean, color=colour(number), marker="o" if len(mean.steps) == 1 else "")
+            draw_joined(axes, mean, colour(number), dotted=len(spread.mean.steps) <= 30)
             if len(spread.mean.finite):
                 ends.append((float(spread.mean.finite[-1]), label, colour(number)))
         _from_zero(axes)
@@ -162,9 +167,15 @@ def draw_line(axes: "Axes", steps: Floats, values: Floats, ink: str, most: int) 
     points = bucketed(steps, values, most)
     if points.points > 1:
         axes.fill_between(points.steps, points.low, points.high, color=ink, alpha=0.22, linewidth=0)
-    axes.plot(points.steps, points.mean, color=ink, marker="o" if 2 <= len(steps) <= 30 else "", markersize=2.5)
+    draw_joined(axes, points, ink, dotted=len(steps) <= 30)
+
+
+def draw_joined(axes: "Axes", points: Buckets, ink: str, dotted: bool) -> None:
+    """The line of the means alone."""
+    axes.plot(points.steps, points.mean, color=ink, marker="o" if dotted else "", markersize=2.5)
     dots = alone(points)
-    axes.plot(dots.steps, dots.mean, "o", color=ink, markersize=3.5)
+    if len(dots.steps):
+        axes.plot(dots.steps, dots.mean, "o", color=ink, markersize=3.5)
 
 
 def draw_bad(axes: "Axes", steps: Floats) -> None:
@@ -197,8 +208,9 @@ def _limits(axes: "Axes", seen: Seen) -> None:
 
 
 def _from_zero(axes: "Axes") -> None:
+    """Begin the axis at 0, unless all lies within a small part below the top, where ranks could not be told apart."""
     low, high = axes.get_ylim()
-    axes.set_ylim(min(0.0, low), max(high, 1e-9))
+    axes.set_ylim(low if low > 0.6 * high else min(0.0, low), max(high, 1e-9))
 
 
 def _means_between(curve: Curve, edges: Floats) -> Floats:
@@ -206,11 +218,6 @@ def _means_between(curve: Curve, edges: Floats) -> Floats:
     sums, _ = np.histogram(curve.steps[finite], edges, weights=curve.values[finite])
     counts, _ = np.histogram(curve.steps[finite], edges)
     return np.asarray(np.maximum(sums, 0.0) / np.maximum(counts, 1))
-
-
-def _note(curves: Sequence[Curve], most: int) -> str:
-    points = max((bucketed(curve.steps, curve.values, most).points for curve in curves), default=1)
-    return f"line: mean of up to {points:,} logged steps, band: their least and most" if points > 1 else ""
 
 
 def _in_words(curve: Curve, unit: Unit) -> str:

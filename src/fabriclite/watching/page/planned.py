@@ -89,18 +89,14 @@ def plan_picture(plan: Planned, seen: Seen) -> Picture:
     kinds = [kind for kind in KINDS if any(kind in found for _, _, found in plan.phases)]
 
     def draw(axes: "Axes") -> None:
-        names = [phase for phase, _, _ in plan.phases][::-1]
+        names = [f"{phase}  {amount(sum(found.values()), 'bytes')}" for phase, _, found in plan.phases][::-1]
         left = [0.0] * len(names)
         for kind in kinds:
             widths = [found.get(kind, 0.0) for _, _, found in plan.phases][::-1]
             axes.barh(names, widths, 0.62, left, color=colour(_KIND_COLOURS[kind]), linewidth=0)
             left = [start + width for start, width in zip(left, widths, strict=True)]
-        for row, total in enumerate(left):
-            axes.annotate(
-                amount(total, "bytes"), (total, row), (4, 0), textcoords="offset points", va="center", fontsize=8
-            )  # fmt: skip
         longest = max(plan.peak, measured[0] if measured else 0.0)
-        axes.set_xlim(0, longest * 1.12)
+        axes.set_xlim(0, longest * 1.06)
         if measured is not None:
             axes.axvline(measured[0], color=COLOURS["bad"], linewidth=1.4)
             text = f"measured {amount(measured[0], 'bytes')}"

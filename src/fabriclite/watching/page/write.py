@@ -194,7 +194,8 @@ def _memory(seen: Seen, found: Sequence[Mark]) -> Section:
 def _phases(seen: Seen, found: Sequence[Mark]) -> Section:
     names = [name for name in _PHASES if name in seen.phases]
     names += sorted(name for name in seen.phases if name not in _PHASES)
-    curves = [(clean(name), seen.phases[name], number) for number, name in enumerate(names[:10])]
+    colours = [0, 1, 2, 3, 7, 4, 5, 6, 8, 9]  # `other` is grey
+    curves = [(clean(name), seen.phases[name], number) for number, name in zip(colours, names, strict=False)]
     curves = [(name, curve, number) for name, curve, number in curves if len(curve.steps)]
     if not curves:
         return Section("phases", "Time")
