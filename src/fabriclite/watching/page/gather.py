@@ -102,13 +102,13 @@ class _Sums:
             values: tuple[float, ...] = getattr(record, name)
             if values:
                 self._add_by_rank(row, name, values)
-                if name in self.grids:
+                if name in self.grids and len(values) > 1:
                     self.grids[name].add(record.step, values)
         self.times_by_rank.add(record.seconds, record.own, record.peak)
 
     def _add_by_rank(self, row: int, name: str, values: tuple[float, ...]) -> None:
         self.world = max(self.world, len(values))
-        for rank, value in enumerate(values[:FEW_RANKS]):
+        for rank, value in enumerate(values if len(values) <= FEW_RANKS else ()):
             self._lines[name, rank].add(row, value)
         if not math.isfinite(sum(values)):
             values = tuple(value for value in values if math.isfinite(value)) or (math.nan,)

@@ -12,6 +12,7 @@ from fabriclite.watching.page.curves import TOO_LARGE
 MOST_COLUMNS: Final = 300  # of a heat map
 MOST_ROWS: Final = 256
 _MOST_CELLS: Final = 4 * MOST_COLUMNS
+_BLOCK: Final = 64  # steps that are summed up at a time
 
 Grid = NDArray[np.float64]
 
@@ -126,31 +127,45 @@ class RankTime:
 
 
 class RankTimes:
-    """Sums for :class:`RankTime`."""
+    """Sums for :class:`RankTime`, of many steps at a time."""
 
     def __init__(self) -> None:
         none = np.zeros(0)
         self._seconds, self._own, self._slowest, self._peak = (none, none), (none, none), none, none
         self._steps = 0
+        self._waiting: list[tuple[Sequence[float], Sequence[float], Sequence[float]]] = []
+        self._sizes = (0, 0, 0)
 
     def add(self, seconds: Sequence[float], own: Sequence[float], peak: Sequence[float]) -> None:
         """Take one step's values by rank."""
-        took, alone = np.array(seconds, dtype=np.float64), np.array(own, dtype=np.float64)
+        sizes = (len(seconds), len(own), len(peak))
+        if sizes != self._sizes or len(self._waiting) == _BLOCK:
+            self._sum_up()
+            self._sizes = sizes
+        self._waiting.append((seconds, own, peak))
+
+    def _sum_up(self) -> None:
+        if not self._waiting:
+            return
+        took, alone, most = (np.array(part, dtype=np.float64) for part in zip(*self._waiting, strict=True))
+        self._waiting = []
         self._seconds, self._own = _counted(self._seconds, took), _counted(self._own, alone)
         judged = alone if _usable(alone).any() else took
-        if _usable(judged).any():
-            self._steps += 1
-            last = np.zeros(len(judged))
-            last[np.argmax(np.where(_usable(judged), judged, -np.inf))] = 1
-            self._slowest = _padded_sum(self._slowest, last)
-        if len(peak):
-            most = np.array(peak, dtype=np.float64)
-            most[~_usable(most)] = np.nan
-            size = max(len(most), len(self._peak))
-            self._peak = np.fmax(_padded(self._peak, size), _padded(most, size))
+        judged = judged[_usable(judged).any(axis=1)]
+        if len(judged):
+            self._steps += len(judged)
+            slowest = np.argmax(np.where(_usable(judged), judged, -np.inf), axis=1)
+            self._slowest = _padded_sum(
+                self._slowest, np.bincount(slowest, minlength=judged.shape[1]).astype(np.float64)
+            )
+        if most.shape[1]:
+            highest = np.fmax.reduce(np.where(_usable(most), most, np.nan), axis=0)
+            size = max(len(highest), len(self._peak))
+            self._peak = np.fmax(_padded(self._peak, size), _padded(highest, size))
 
     def table(self) -> tuple[RankTime, ...]:
         """By rank."""
+        self._sum_up()
         size = max(len(self._seconds[0]), len(self._own[0]), len(self._peak))
         seconds, own = _means(self._seconds, size), _means(self._own, size)
         slowest = _padded(self._slowest, size)
@@ -168,7 +183,7 @@ def _usable(values: Grid) -> NDArray[np.bool_]:
 
 def _counted(sums: tuple[Grid, Grid], new: Grid) -> tuple[Grid, Grid]:
     known = _usable(new)
-    return _padded_sum(sums[0], np.where(known, new, 0.0)), _padded_sum(sums[1], known.astype(np.float64))
+    return _padded_sum(sums[0], np.where(known, new, 0.0).sum(axis=0)), _padded_sum(sums[1], known.sum(axis=0) * 1.0)
 
 
 def _means(sums: tuple[Grid, Grid], size: int) -> Grid:
