@@ -62,6 +62,11 @@ def append(folder: Path, record: RunFacts | StepRecord | Event) -> None:
             rest = rest[file.write(rest) or 0 :]
 
 
+def attempts(folder: Path) -> int:
+    """How often a run of this folder was started."""
+    return sum(1 for _ in _records(folder / _RUN, RunFacts, []))
+
+
 def read(folder: str | Path) -> Run:
     """Read a run's folder, also one that is being written to.
 

@@ -19,6 +19,7 @@ State = Literal["finished", "failed", "preempted", "running", "ended without a w
 
 MOST_EVENTS = 400  # rows of the table
 MOST_RANKS = 32
+MOST_TEXTS = 32
 
 _ENDS: dict[str, State] = {"failure": "failed", "preempted": "preempted", "end": "finished"}
 _QUIET = 120.0  # seconds without a line after which a run is not taken to be going on, at least
@@ -189,7 +190,19 @@ def events_table(events: Sequence[Event], zero: float) -> Table:
     return Table("Events", ("event", "after", "when", "step", "rank", "what"), rows, (3, 4), note)
 
 
+def long_texts(events: Sequence[Event]) -> tuple[tuple[str, str], ...]:
+    """(what it belongs to, text) of details that have several lines, such as tracebacks."""
+    found = []
+    for event in events:
+        for key, value in event.details.items():
+            if isinstance(value, str) and "\n" in value:
+                title = f"{event.kind} on rank {event.rank}, {moment(event.time)}: {key}"
+                found.append((clean(title), clean(value).strip("\n")))
+    return tuple(found[:MOST_TEXTS])
+
+
 def _details(details: Mapping[str, Any]) -> str:
     texts = [f"{key}: {value}" for key, value in details.items() if isinstance(value, str | int | float)]
+    texts = [text for text in texts if "\n" not in text]  # those are shown below
     text = clean(", ".join(texts))
     return f" ({text[:300]}{'…' if len(text) > 300 else ''})" if text else ""

@@ -49,6 +49,7 @@ class Section:
     tables: tuple[Table, ...] = ()
     note: str = ""
     text: str = ""
+    folds: tuple[tuple[str, str], ...] = ()
     marked: bool = False
 
     @property
@@ -134,7 +135,7 @@ def sections(seen: Seen, torn: Sequence[str]) -> list[Section]:
         _memory(seen, found),
         _phases(seen, found),
         _ranks(seen, found),
-        Section("events", "Events", (), events),
+        Section("events", "Events", (), events, folds=facts.long_texts(seen.events)),
         Section("setup", "Set-up", text=clean(seen.starts[-1].report).strip("\n") if seen.starts else ""),
         Section("torn", "Lines that could not be read", note=_torn(torn)),
     ]
