@@ -88,8 +88,9 @@ def draw_marks(axes: "Axes", found: Sequence[Mark], by: str, height: float = 0.0
     """
     low, high = axes.get_xlim()
     for kind, look in LOOKS.items():
-        places = {round((getattr(mark, by) - low) / (high - low) * _PLACES) for mark in found if mark.kind == kind}
-        shown = sorted(low + place / _PLACES * (high - low) for place in places if 0 <= place <= _PLACES)
+        at = [getattr(mark, by) for mark in found if mark.kind == kind]
+        places = {round((place - low) / (high - low) * _PLACES) for place in at if low <= place <= high}
+        shown = sorted(low + place / _PLACES * (high - low) for place in places)
         ink = COLOURS[look.colour]
         if look.line:
             for place in shown[:60]:

@@ -102,7 +102,14 @@ def page(folder: str | Path, now: float) -> str:
     name = clean((run.starts[-1].name if run.starts else "") or Path(folder).resolve().name)
     parts = [part for part in sections(seen, (*run.torn, *torn)) if not part.empty]
     room = PackageLoader("fabriclite.watching.page", "")
-    made = Environment(loader=room, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made = Environment(
+        loader=room,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
     return made.get_template("page.html.jinja").render(
         name=name,
         state=word,
