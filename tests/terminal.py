@@ -79,11 +79,14 @@ def show(
     os.close(follower)
     end = time.monotonic() + timeout
     try:
+        stopped = False
         while written := _next(leader, end):
+            if stopped:
+                continue  # what it says while it ends is read, or it could not end
             shown.feed(written)
             if stop_when is not None and any(stop_when in line for line in shown.lines):
+                stopped = True
                 process.terminate()
-                break
         shown.status = process.wait(max(1.0, end - time.monotonic()))
     finally:
         if process.poll() is None:

@@ -31,7 +31,9 @@ from fabriclite.watching.records import Event, RunFacts, StepRecord
 from run_folders import BEGAN, MIB, Made
 
 FULL = bool(os.environ.get("FULL"))
-DOCS = Path(__file__).parent.parent / "docs" / "guides"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs" / "guides"
+EXAMPLE = ROOT / "examples" / "train_gpt.py"
 update_docs = pytest.mark.skipif(
     not os.environ.get("UPDATE_DOCS"), reason="writes pictures; asked for by UPDATE_DOCS=1"
 )
@@ -427,7 +429,7 @@ def test_what_the_page_says(file: Path) -> None:
         "strategy FSDPStrategy()",
         "parameters 10,788,096 (10.8 M)",
         "steps done 240 of 240",
-        "starts 2",
+        "length 1 min 30 s, 2 starts",
         "versions python 3.12.1, torch 2.13.0, fabriclite 0.1.0",
         f"1 2026-09-21 14:14:10 UTC 80 81 to 240 {ranks}, NVIDIA H200",
         "NaN or infinite at 1 step",
@@ -605,6 +607,42 @@ def test_a_terminal_shows_a_bar_and_what_comes_after_it() -> None:
 
 @update_docs
 def test_pictures_of_the_docs(tmp_path: Path) -> None:
-    file = write(Made(tmp_path, ranks=4, steps=600).whole())
-    picture = browser.picture(file, DOCS / "run-report.png", width=1180, height=2400)
+    file = write(_trained(tmp_path / "run"))
+    picture = browser.picture(file, DOCS / "run-report.png", width=1180, height=2480)
+    _few_colours(picture)
     assert MIB // 100 < picture.stat().st_size < 200_000
+
+
+@update_docs
+def test_picture_of_the_bar(tmp_path: Path) -> None:
+    shown = terminal.show(_example(tmp_path, 120), columns=110, timeout=120, stop_when=" 80/120")
+    picture = terminal.picture(shown, DOCS / "progress-bar.png")
+    _few_colours(picture)
+    assert picture.stat().st_size < 100_000
+
+
+def _example(out: Path, steps: int, *more: str) -> list[str]:
+    words = [sys.executable, str(EXAMPLE), "--accelerator", "cpu", "--strategy", "fsdp", "--devices", "2"]
+    return [*words, "--dim", "64", "--layers", "2", "--context", "64", "--log-every", "2", "--out", str(out),
+            "--steps", str(steps), "--save-every", "40", *more]  # fmt: skip
+
+
+def _trained(out: Path) -> Path:
+    """The example on two ranks: killed once, then started again from its last checkpoint."""
+    with subprocess.Popen(_example(out, 240), stdout=subprocess.DEVNULL, start_new_session=True) as first:
+        end = time.monotonic() + 120
+        while _lines(out) < 65:
+            assert time.monotonic() < end
+            assert first.poll() is None
+            time.sleep(0.05)
+        os.killpg(first.pid, signal.SIGKILL)
+    subprocess.run(_example(out, 240, "--resume", "auto"), stdout=subprocess.DEVNULL, timeout=120, check=True)
+    return out
+
+
+def _few_colours(picture: Path) -> None:
+    from PIL import Image
+
+    with Image.open(picture) as image:
+        small = image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    small.save(picture, optimize=True)

@@ -1,7 +1,7 @@
 """The head of the page and its tables, in words."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -83,8 +83,7 @@ def head(seen: Seen, name: str, now: float) -> list[tuple[str, str]]:
         ("versions", ", ".join(f"{name} {text}" for name, text in last.versions.items())),
         ("steps done", steps),
         ("first start", moment(first)),
-        ("length", f"{duration(longest)} from the first to the last line"),
-        ("starts", f"{len(seen.starts)}"),
+        ("length", f"{duration(longest)}, {counted(len(seen.starts), 'start', 'starts')}"),
     ]
     return [(what, clean(text)) for what, text in found if text]
 
@@ -182,7 +181,7 @@ def events_table(events: Sequence[Event], zero: float) -> Table:
             moment(event.time),
             "" if event.step is None else f"{event.step:,}",
             str(event.rank),
-            clean(event.text) + _details(event.details),
+            clean(event.text) + _details(event),
         )
         for event in shown
     )
@@ -201,8 +200,11 @@ def long_texts(events: Sequence[Event]) -> tuple[tuple[str, str], ...]:
     return tuple(found[:MOST_TEXTS])
 
 
-def _details(details: Mapping[str, Any]) -> str:
-    texts = [f"{key}: {value}" for key, value in details.items() if isinstance(value, str | int | float)]
-    texts = [text for text in texts if "\n" not in text]  # those are shown below
+def _details(event: Event) -> str:
+    """What the event's line does not say yet. What has several lines is shown below."""
+    told = {key: value for key, value in event.details.items() if isinstance(value, str | int | float)}
+    texts = [
+        f"{key}: {value}" for key, value in told.items() if "\n" not in str(value) and str(value) not in event.text
+    ]
     text = clean(", ".join(texts))
     return f" ({text[:300]}{'…' if len(text) > 300 else ''})" if text else ""

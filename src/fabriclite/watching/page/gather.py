@@ -11,7 +11,7 @@ from fabriclite.watching.page.ranks import HeatMap, RankGrid, RankTime, RankTime
 from fabriclite.watching.records import Event, RunFacts, StepRecord
 
 FEW_RANKS: Final = 8  # so many are drawn as lines
-THROUGHPUT: Final = ("samples_per_second", "tokens_per_second", "flops_per_second", "mfu")
+THROUGHPUT: Final = ("samples_per_second", "tokens_per_second", "flops_per_second", "mfu", "steps_per_second")
 BY_RANK: Final = ("seconds", "own", "memory", "peak")
 
 
@@ -51,6 +51,13 @@ class Seen:
     maps: Mapping[str, HeatMap]
     ranks: tuple[RankTime, ...]
     world: int
+
+    @property
+    def step_range(self) -> tuple[float, float]:
+        """The first and last step that any axis has to show; steps must have been logged."""
+        logged = self.course.steps
+        first = min([float(logged.min()), *(float(start.first_step) for start in self.starts)])
+        return first, float(logged.max())
 
 
 def gather(starts: Sequence[RunFacts], steps: Iterable[StepRecord], events: Sequence[Event]) -> Seen:

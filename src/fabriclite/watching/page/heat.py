@@ -18,17 +18,20 @@ def heat_picture(name: str, title: str, found: HeatMap, seen: Seen) -> Picture:
     known = found.values[np.isfinite(found.values)]
     low, high = np.percentile(known, (1, 99)) if len(known) else (0.0, 1.0)
 
+    # A logged step stands for those since the one before.
+    edges = (found.first - found.steps_per_column + 0.5, found.last - found.steps_per_column + 0.5)
+
     def draw(axes: "Axes") -> None:
         from matplotlib.ticker import FuncFormatter, MaxNLocator
 
         image = axes.imshow(
             found.values, aspect="auto", interpolation="none", cmap="viridis", vmin=low, vmax=max(high, low + 1e-12),
-            extent=(found.first - 0.5, found.last - 0.5, found.ranks - 0.5, -0.5),
+            extent=(*edges, found.ranks - 0.5, -0.5),
         )  # fmt: skip
         axes.grid(visible=False)
         axes.set_ylabel("rank")
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-        steps_x(axes, float(seen.course.steps.min()), float(seen.course.steps.max()))
+        steps_x(axes, *seen.step_range)
         by, unit = scale(high, "seconds")
         bar = axes.figure.colorbar(image, ax=axes, pad=0.01, aspect=18, extend="both")
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / by:.3g}"))

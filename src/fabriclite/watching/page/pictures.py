@@ -138,7 +138,9 @@ def progress_picture(seen: Seen, marks: Sequence[Mark]) -> Picture:
 def phases_picture(phases: Sequence[tuple[str, Curve, int]], seen: Seen, marks: Sequence[Mark]) -> Picture:
     """Seconds per step of rank 0, one phase on the other. ``phases`` are name, curve and number of colour."""
     steps = np.unique(np.concatenate([curve.steps for _, curve, _ in phases]))
-    edges = np.linspace(steps[0], steps[-1] + 1, 251) if len(steps) > 250 else np.append(steps, steps[-1] + 1)
+    usual = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
+    before = np.append(steps[0] - usual, steps)  # a logged step stands for those since the one before
+    edges = np.linspace(before[0], before[-1], 251) if len(steps) > 250 else before
     heights = [_means_between(curve, edges) for _, curve, _ in phases]
 
     def draw(axes: "Axes") -> None:
@@ -203,8 +205,7 @@ def time_range(seen: Seen) -> tuple[float, float]:
 
 
 def _limits(axes: "Axes", seen: Seen) -> None:
-    steps = seen.course.steps
-    steps_x(axes, float(steps.min(initial=np.inf)), float(steps.max(initial=-np.inf))) if len(steps) else None
+    steps_x(axes, *seen.step_range)
 
 
 def _from_zero(axes: "Axes") -> None:
@@ -215,8 +216,9 @@ def _from_zero(axes: "Axes") -> None:
 
 def _means_between(curve: Curve, edges: Floats) -> Floats:
     finite = np.isfinite(curve.values)
-    sums, _ = np.histogram(curve.steps[finite], edges, weights=curve.values[finite])
-    counts, _ = np.histogram(curve.steps[finite], edges)
+    behind = edges + 0.5  # an edge belongs to what is before it
+    sums, _ = np.histogram(curve.steps[finite], behind, weights=curve.values[finite])
+    counts, _ = np.histogram(curve.steps[finite], behind)
     return np.asarray(np.maximum(sums, 0.0) / np.maximum(counts, 1))
 
 

@@ -36,6 +36,7 @@ _THROUGHPUT: Final[dict[str, tuple[str, Unit]]] = {
     "tokens_per_second": ("Tokens per second", "per second"),
     "flops_per_second": ("FLOP/s of all ranks", "flops"),
     "mfu": ("Model FLOP utilisation", "fraction"),
+    "steps_per_second": ("Steps per second", "per second"),
 }
 
 
