@@ -46,9 +46,9 @@ def find() -> str:
     return found
 
 
-def look(page: Path) -> Seen:
-    """Open a page from the disk, run its scripts, and read it."""
-    done = _run(["--virtual-time-budget=2000", "--dump-dom", page.as_uri()])
+def look(page: Path, width: int = 1240) -> Seen:
+    """Open a page from the disk in a window so many pixels wide, run its scripts, and read it."""
+    done = _run(["--virtual-time-budget=2000", f"--window-size={width},1000", "--dump-dom", page.as_uri()])
     console = re.findall(r"CONSOLE[^\]]*\]\s*(.*)", done.stderr)
     return Seen(done.stdout, console)
 

@@ -4,6 +4,7 @@ import fcntl
 import html
 import os
 import pty
+import re
 import select
 import struct
 import subprocess
@@ -66,7 +67,7 @@ def show(
         words: the command.
         columns, lines: size of the terminal.
         timeout: seconds after which it is killed, which is an error.
-        stop_when: once this stands on the screen the command is stopped, and the screen stays as it is.
+        stop_when: once this pattern is found on the screen the command is stopped, and the screen stays as it is.
         env: what is added to this process's environment.
     """
     shown = Shown(columns, lines)
@@ -84,7 +85,7 @@ def show(
             if stopped:
                 continue  # what it says while it ends is read, or it could not end
             shown.feed(written)
-            if stop_when is not None and any(stop_when in line for line in shown.lines):
+            if stop_when is not None and re.search(stop_when, "\n".join(shown.lines)):
                 stopped = True
                 process.terminate()
         shown.status = process.wait(max(1.0, end - time.monotonic()))
