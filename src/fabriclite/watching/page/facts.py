@@ -52,17 +52,24 @@ def state(seen: Seen, now: float) -> tuple[State, str]:
         now: seconds since 1970: a run that was heard of lately is taken to be going on.
     """
     begun = max((start.started for start in seen.starts if not math.isnan(start.started)), default=-math.inf)
-    since = [event for event in seen.events if event.time >= begun]
-    for kind, word in _ENDS.items():  # a run that fails may still tell its end
-        told = [event for event in since if event.kind == kind]
-        if told:
-            return word, clean(told[0].text if kind == "failure" else told[-1].text)
+    told = _end_of([event for event in seen.events if event.time >= begun])
+    if told is not None:
+        return _ENDS[told.kind], clean(told.text)
     first, longest = time_range(seen)
     quiet = now - (first + longest)
     usual = float(np.median(np.diff(seen.course.times))) if len(seen.course.times) > 1 else 0.0
     if 0 <= quiet < max(_QUIET, 5 * usual) and (seen.starts or seen.events or len(seen.course.times)):
         return "running", f"last heard of {duration(quiet)} before this page was made"
     return "ended without a word", "no event tells its end: the process was killed, or the machine went away"
+
+
+def _end_of(events: Sequence[Event]) -> Event | None:
+    """The event that tells how one start ended: the first failure, else that it was preempted, else its end."""
+    for kind in _ENDS:  # another rank of a run that fails may still tell its end
+        told = [event for event in events if event.kind == kind]
+        if told:
+            return told[0] if kind == "failure" else told[-1]
+    return None
 
 
 def head(seen: Seen, name: str, now: float) -> list[tuple[str, str]]:
@@ -132,8 +139,11 @@ def starts_table(seen: Seen) -> Table:
         logged = seen.course.steps[here]
         steps = f"{logged[0]:,.0f} to {logged[-1]:,.0f}" if len(logged) else "none"
         where = f"{start.world_size:,}, {start.device}".rstrip(", ")
-        rows.append((str(start.attempt), moment(start.started), f"{start.first_step:,}", steps, where))
-    head = ("start", "when", "steps done before", "steps logged", "processes, device")
+        told = _end_of([event for event in seen.events if start.started <= event.time < until])
+        unknown = "" if last else "without a word"  # of the last one the top of the page says what is known
+        ended = unknown if told is None else str(_ENDS[told.kind])
+        rows.append((str(start.attempt), moment(start.started), f"{start.first_step:,}", steps, ended, where))
+    head = ("start", "when", "steps done before", "steps logged", "ended", "processes, device")
     return Table("Starts", head, tuple(tuple(clean(cell) for cell in row) for row in rows), (0, 2))
 
 
