@@ -12,7 +12,7 @@ import fabriclite
 SRC = Path(fabriclite.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 FLOORS = {
-    0: ("errors", "precision", "world", "devices", "layout", "_torch"),
+    0: ("errors", "precision", "world", "devices", "layout", "clock", "spelling", "spread", "_torch"),
     1: ("birth", "boxes", "shards", "stored", "stretch", "seed"),
     2: (
         "strategy",

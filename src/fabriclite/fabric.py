@@ -19,6 +19,7 @@ from fabriclite.callbacks import Callbacks
 from fabriclite.checkpoint.formats import Format, Safetensors
 from fabriclite.checkpoint.report import LoadReport
 from fabriclite.checkpoint.saving import SaveHandle, Saver, wait_for_all
+from fabriclite.clock import Clock
 from fabriclite.errors import ConfigError, SetupOrderError
 from fabriclite.launch import process_group, rerun, signals, spawn
 from fabriclite.launch.choose import Situation, choose
@@ -32,6 +33,7 @@ from fabriclite.world import World
 
 if TYPE_CHECKING:
     from fabriclite.checkpoint.parts import Part
+    from fabriclite.watching.report import Report
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -97,6 +99,7 @@ class Fabric:
         arguments.check_precision(self._precision, self._config)
         self._num_nodes = self._world.size // self._world.local_size
         self._books = Books()
+        self._clock = Clock()
         self._saver = Saver()
         # None: other processes are still to be started by `launch`.
         self._strategy: Strategy | None = None
@@ -188,7 +191,8 @@ class Fabric:
         )
         way = choose(situation, self._config.start_method)
         if way == "rerun":
-            rerun.rerun_script(self._world.size, self._config.timeout)
+            with self._clock.phase("launch"):
+                rerun.rerun_script(self._world.size, self._config.timeout)
             self._environment = arguments.this_environment(self._arguments["plugins"])
             self._strategy = self._start()
         elif way != "nothing":
@@ -200,13 +204,14 @@ class Fabric:
 
     def _start(self) -> Strategy:
         if self._config.distributed:
-            process_group.join(
-                self._world,
-                self._environment,
-                self._config.process_group_backend,
-                self._config.timeout,
-                {"strategy": type(self._config).__name__, "precision": self._precision.name},
-            )
+            with self._clock.phase("meeting"):
+                process_group.join(
+                    self._world,
+                    self._environment,
+                    self._config.process_group_backend,
+                    self._config.timeout,
+                    {"strategy": type(self._config).__name__, "precision": self._precision.name},
+                )
         return self._config.build(world=self._world, precision=self._precision)
 
     @property
@@ -232,7 +237,7 @@ class Fabric:
         """
         if empty_init not in (None, False, True):
             raise ConfigError(f"`empty_init` must be None, False or True, but is {empty_init!r}.")
-        with enter(self._running.plan_init(empty_init)):
+        with self._clock.phase("init_module"), enter(self._running.plan_init(empty_init)):
             yield
 
     def materialize(self, module: M) -> M:
@@ -295,15 +300,18 @@ class Fabric:
             )
         arguments.check_scheduler(scheduler, optimizers)
         module = _torch.compile_in_place(module)
-        bindings = optim.bind(module)
-        with settled(module, strategy.home(move_to_device), strategy.precision, optimizers) as (module, births):
+        bindings, clock, home = optim.bind(module), Clock(), strategy.home(move_to_device)
+        with clock.phase("setup"), settled(module, home, strategy.precision, optimizers) as (module, births):
             checks.same_on_all(strategy.world, module)
             promise, born = Promise.of(module, births), bool(births)
-            engine, stepping = strategy.setup(module, births, optimizers)
+            with clock.phase("spread"):
+                engine, stepping = strategy.setup(module, births, optimizers)
+            clock.add(births.clock.seconds)
             if strategy.sharded and born:
-                checks.verify(strategy, engine, promise, at_birth=True)
+                with clock.phase("verify"):
+                    checks.verify(strategy, engine, promise, at_birth=True)
             pane = FabricModule(engine, strategy, self._callbacks)
-            self._books.enter_module(pane, bindings, promise)
+            self._books.enter_module(pane, bindings, promise, clock)
             for before, after in zip(optimizers, stepping, strict=True):
                 self._books.enter_optimizer(after, strategy, module)
                 self._callbacks.listen_to(after, self._config)
@@ -567,7 +575,9 @@ class Fabric:
 
         self._saver.wait()
         parts = None if state is None else self._parts(state)
-        rest = loading.load(self._running, path, parts, strict, weights_only)
+        with self._clock.phase("load"):
+            rest = loading.load(self._running, path, parts, strict, weights_only)
+        self._books.loads.append(f"load {path}: {', '.join(parts or ()) or 'returned'}")
         self._callbacks.call("on_after_load", path=path)
         return rest
 
@@ -613,7 +623,10 @@ class Fabric:
         together = self._books.knows_module(obj) or self._books.knows_optimizer(obj)
         agreed = Crew(self._world, advice=READER_S_ADVICE).on_all if together else _alone
         share = (self._world.rank, self._world.size)
-        return raw.load_raw(path, part, strict, weights_only, rename, agreed, share)
+        with self._clock.phase("load"):
+            report = raw.load_raw(path, part, strict, weights_only, rename, agreed, share)
+        self._books.loads.append(f"load_raw {path}: {'optimizer' if report is None else report}")
+        return report
 
     def _parts(self, state: Any) -> "dict[str, Part]":
         from fabriclite.entries import parts_of
@@ -641,6 +654,27 @@ class Fabric:
             WorldError: ``requeue`` is asked for where there is no SLURM.
         """
         return preemption.watch(self._ready_world, self._config.timeout, signals, every, requeue)
+
+    # -- seeing ----------------------------------------------------------------
+    def report(self) -> "Report":
+        """What runs here: strategy, mesh, modules and how they are spread, memory, time. Every rank must call this.
+
+        Printed it is one screen; each rank gets rank 0's. Before :meth:`setup` it tells of no module.
+
+        Raises:
+            SetupOrderError: ``launch`` is missing.
+        """
+        from fabriclite.watching.reporting import Known, report
+
+        known = Known(
+            strategy=repr(self._config),
+            precision=self._precision.name,
+            environment=self._environment.why,
+            nodes=self._num_nodes,
+            layout=self._config.layout(self._world.size, self._precision),
+            seconds=self._clock.seconds,
+        )
+        return report(self._running, self._books, known)
 
     # -- small help ------------------------------------------------------------
     def to_device(self, obj: Any) -> Any:

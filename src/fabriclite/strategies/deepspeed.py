@@ -23,6 +23,7 @@ from fabriclite.errors import ConfigError, SetupOrderError
 from fabriclite.launch.environment import prepare_for_deepspeed
 from fabriclite.optim_state import OptimizerLayout
 from fabriclite.precision import Precision
+from fabriclite.spread import Spread, Wrapped
 from fabriclite.strategies import _shared, _zero, _zero_state
 from fabriclite.strategies.configs import DeepSpeedStrategy
 from fabriclite.strategy import Finish, Strategy
@@ -120,6 +121,14 @@ class DeepSpeed(Strategy):
     @override
     def hand_out(self, engine: nn.Module) -> None:
         pass
+
+    @override
+    def spread(self, engine: nn.Module) -> Spread:
+        mesh = {"data": self.world.size}
+        name = type(self.user_module(engine)).__name__
+        if engine not in self.engines:
+            return Spread(mesh=mesh, wrapped=(Wrapped(how="replica", what=f"{name}, without an optimizer"),))
+        return Spread(mesh=mesh, wrapped=(Wrapped(how=f"ZeRO stage {self.config.stage}", what=name),))
 
     @override
     def autocast(self) -> AbstractContextManager[Any]:
