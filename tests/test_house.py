@@ -31,7 +31,7 @@ FLOORS = {
         "environments",
     ),
     3: ("strategies", "module", "checkpoint"),
-    4: ("registry", "arguments", "books", "checks", "entries", "preemption", "planning", "watching"),
+    4: ("registry", "arguments", "books", "checks", "entries", "preemption", "loggers", "planning", "watching"),
     5: ("fabric",),
     6: ("", "cli", "doctor", "__main__"),
 }

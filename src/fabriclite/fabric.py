@@ -25,6 +25,8 @@ from fabriclite.launch import process_group, rerun, signals, spawn
 from fabriclite.launch.choose import Situation, choose
 from fabriclite.launch.determinism import Deterministic, make_deterministic
 from fabriclite.launch.environments.described import Described
+from fabriclite.loggers.handing import Loggers, closed_after
+from fabriclite.loggers.reduction import Reduce, over_ranks
 from fabriclite.module import FabricModule
 from fabriclite.precision import Precision, PrecisionInput
 from fabriclite.registry import resolve
@@ -53,7 +55,7 @@ class Fabric:
         plugins: a :class:`~fabriclite.Precision` instead of ``precision``; one of :mod:`fabriclite.environments` that
             says which launcher started this process; a list of both; or ``None``.
         callbacks: objects whose methods :meth:`call` runs.
-        loggers: objects with ``log_metrics(metrics, step)``.
+        loggers: objects with ``log_metrics(metrics, step)``, such as those of :mod:`fabriclite.loggers`.
         deterministic: ``True``: an operation that could give other bits another time is an error, ``"warn"``: a
             warning. It holds for the whole process, also after; the processes that :meth:`launch` starts get it too.
 
@@ -90,6 +92,7 @@ class Fabric:
         arguments.check_loggers(arguments.as_list(loggers))
         self._callbacks = Callbacks(arguments.as_list(callbacks))
         self._loggers = arguments.as_list(loggers)
+        self._handing = Loggers(self._loggers)
         self._environment = arguments.this_environment(plugins)
         process_group.expect(self._environment)
         self._precision = arguments.wished_precision(precision, plugins)
@@ -212,6 +215,7 @@ class Fabric:
                     self._config.timeout,
                     {"strategy": type(self._config).__name__, "precision": self._precision.name},
                 )
+        self._handing.start(self._world.rank)
         return self._config.build(world=self._world, precision=self._precision)
 
     @property
@@ -696,17 +700,24 @@ class Fabric:
         """
         self._callbacks.call(hook_name, *args, **kwargs)
 
-    def log(self, name: str, value: Any, step: int | None = None) -> None:
-        """Hand one number to every logger."""
-        self.log_dict({name: value}, step)
+    def log(self, name: str, value: Any, step: int | None = None, *, reduce: Reduce | None = None) -> None:
+        """Hand one number to every logger; see :meth:`log_dict`."""
+        self.log_dict({name: value}, step, reduce=reduce)
 
-    def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Hand numbers (or tensors of one element) to every logger."""
-        if not self._loggers:
-            return
-        numbers = {name: arguments.number(name, value) for name, value in metrics.items()}
-        for logger in self._loggers:
-            logger.log_metrics(metrics=numbers, step=step)
+    def log_dict(self, metrics: Mapping[str, Any], step: int | None = None, *, reduce: Reduce | None = None) -> None:
+        """Hand numbers (or tensors of one element) to every logger. With ``reduce`` every rank must call this.
+
+        Args:
+            metrics: by name; with ``reduce`` the same names on every rank.
+            step: which step they are of.
+            reduce: ``None`` this rank's own, or ``"mean"``, ``"sum"``, ``"max"`` or ``"min"`` over the ranks, as
+                floats, in one collective for all.
+
+        Raises:
+            ConfigError: ``reduce`` is unknown, or a value is not what it or a logger takes.
+            SetupOrderError: ``reduce`` is given, and ``launch`` is missing.
+        """
+        self._handing.hand(metrics if reduce is None else over_ranks(self._ready_world, metrics, reduce), step)
 
     seed_everything = staticmethod(seed.seed_everything)
 
@@ -723,8 +734,9 @@ def _run_in_worker(
     kwargs: dict[str, Any],
 ) -> T:
     seed.carry_on(seeds)
-    fabric = Fabric(**arguments)
-    result = function(fabric, *args, **kwargs)
+    with closed_after():
+        fabric = Fabric(**arguments)
+        result = function(fabric, *args, **kwargs)
     wait_for_all()  # this process may end without the interpreter's own waiting
     preemption.close_all()
     return result
