@@ -80,10 +80,9 @@ class RankZeroLogger(ABC):
 
     def log_hyperparams(self, params: Mapping[str, Any] | argparse.Namespace) -> None:
         """Write what the run was started with; nested mappings become names with ``/``."""
+        given = vars(params) if isinstance(params, argparse.Namespace) else params
         if self._writes:
-            self._write_params(
-                self.experiment, flat(vars(params) if isinstance(params, argparse.Namespace) else params)
-            )
+            self._write_params(self.experiment, flat(given))
 
     def finalize(self, status: Status = "success") -> None:
         """Write all that is not written yet, and close. A second call does nothing; logging again opens again."""

@@ -2,7 +2,7 @@
 
 import atexit
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -27,7 +27,8 @@ class Loggers:
         """This process is ``rank``. From now on loggers are closed when it ends, also by a failure."""
         if not self._all:
             return
-        rank_zero_only.rank = rank  # what Lightning's loggers ask; its launchers set it, and they are not here
+        # What Lightning's loggers ask. Its launchers set it, and they are not here.
+        rank_zero_only.rank = rank  # type: ignore[attr-defined]
         self._here = [logger for logger in self._all if _takes_part(logger, rank)]
         if not _STARTED:
             atexit.register(_close_at_exit)
@@ -86,7 +87,8 @@ def closed_after() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        _close_all(status_of(error))
+        with suppress(Exception):  # what is told is the cause
+            _close_all(status_of(error))
         raise
     _close_all("success")
 

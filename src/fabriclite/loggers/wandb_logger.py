@@ -45,11 +45,12 @@ class WandbLogger(RankZeroLogger):
         super().__init__(prefix)
         if version is not None and kwargs.get("id", version) != version:
             raise ConfigError(
-                f"`version` and `id` must be the same, the run's id, but are {version!r} and {kwargs['id']!r}. Keep one."
+                f"`version` and `id` must be the same, the run's id, but are {version!r} and {kwargs['id']!r}."
+                " Keep one."
             )
         imported("wandb", "WandbLogger")
         self.name = name
-        self._id = kwargs.pop("id", version)
+        self._id: str | None = kwargs.pop("id", version)
         mode = {"mode": "offline"} if offline else {}
         self._kwargs = {"name": name, "dir": str(save_dir), "project": project, "resume": "allow", **mode, **kwargs}
 
