@@ -113,8 +113,8 @@ class Nobody:
             raise AttributeError(name)
         return self
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        return None
+    def __call__(self, *args: Any, **kwargs: Any) -> "Nobody":
+        return self
 
     def __getitem__(self, key: Any) -> "Nobody":
         return self

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -105,9 +105,9 @@ class _Table:
 
 def _read(path: Path) -> tuple[list[str], list[list[str]], bool]:
     """Columns, whole rows, and whether a torn one was left out that a process began to write when it was killed."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
     rows = list(csv.reader(io.StringIO(text, newline="")))
-    torn = bool(text) and not text.endswith("\n")
+    torn = bool(text) and (not text.endswith("\n") or text.count('"') % 2 == 1)  # or within a quoted line end
     rows = rows[:-1] if torn else rows
     return (rows[0], rows[1:], torn) if rows else ([], [], torn)
 
@@ -123,7 +123,15 @@ def _replace(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) 
     os.replace(beside, path)
 
 
-def _lines(rows: Any) -> bytes:
+def _lines(rows: Iterable[Sequence[Any]]) -> bytes:
+    """With line ends as ``csv`` knows them it quotes all that a reader could take for one."""
     text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode()
+    for row in rows:
+        text.write(_line(row))
+    return text.getvalue().encode(errors="replace")
+
+
+def _line(row: Sequence[Any]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\r\n").writerow(row)
+    return text.getvalue().removesuffix("\r\n") + "\n"

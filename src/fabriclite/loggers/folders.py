@@ -1,6 +1,7 @@
 """The folder of one run among others."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -10,7 +11,7 @@ _NUMBERED: Final = re.compile(r"version_(\d+)")
 
 
 class RunFolder:
-    """``ROOT/NAME/VERSION``.
+    """``ROOT/NAME/VERSION``. Two loggers that choose for themselves get two folders.
 
     Args:
         root: where runs are kept.
@@ -34,6 +35,14 @@ class RunFolder:
                     "`version` must be given to know `log_dir` on other ranks than 0, but is None: rank 0 chooses it"
                     " when it first writes. Write version='my-run', say."
                 )
-            taken = [_NUMBERED.fullmatch(p.name) for p in self._experiment.glob("version_*")]
-            self.version = max((int(found[1]) for found in taken if found), default=-1) + 1
+            self.version = self._take_next()
         return self._experiment / (f"version_{self.version}" if isinstance(self.version, int) else self.version)
+
+    def _take_next(self) -> int:
+        """The next number; its folder is made at once, so that no other run takes it too."""
+        while True:
+            taken = [_NUMBERED.fullmatch(p.name) for p in self._experiment.glob("version_*")]
+            number = max((int(found[1]) for found in taken if found), default=-1) + 1
+            with suppress(FileExistsError):
+                (self._experiment / f"version_{number}").mkdir(parents=True)
+                return number

@@ -1,7 +1,8 @@
 """Numbers of one step, made one over all ranks."""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import nan
 from numbers import Real
 from typing import Any, Final, Literal, get_args
 
@@ -32,15 +33,23 @@ def over_ranks(world: World, metrics: Mapping[str, Any], reduce: object) -> dict
         known = ", ".join(map(repr, get_args(Reduce)))
         raise ConfigError(f"`reduce` must be None or one of {known}, but is {reduce!r}.")
     names = sorted(metrics)
-    dtype = torch.float32 if world.device.type == "mps" else torch.float64
     mark = float(zlib.crc32("\n".join(names).encode()))
-    numbers = [_number(name, metrics[name]) for name in names]
-    sent = [torch.as_tensor(n).detach().to(world.device, dtype).reshape(()) for n in [*numbers, mark, -mark]]
-    padding = torch.zeros(-len(sent) % _BLOCK, dtype=dtype, device=world.device)
-    packed = torch.cat([torch.stack(sent), padding])
-    found = collectives.all_reduce(world, packed, str(reduce)).tolist()
-    _check_names(world, names, found[len(names) : len(names) + 2], mark * (world.size if reduce == "sum" else 1))
-    return dict(zip(names, found, strict=False))
+    numbers = [*(_number(name, metrics[name]) for name in names), mark, -mark]
+    values = _reduced(world, numbers, str(reduce))
+    factor = world.size if reduce == "sum" else 1
+    _check_names(world, names, values[len(names) :], [mark * factor, -mark * factor])
+    return dict(zip(names, values, strict=False))
+
+
+def _reduced(world: World, numbers: Sequence[Tensor | float], reduce: str) -> list[float]:
+    dtype = torch.float32 if world.device.type == "mps" else torch.float64
+    own = torch.stack([torch.as_tensor(n, dtype=dtype, device=world.device).detach().reshape(()) for n in numbers])
+    absent = own.isnan()  # the greatest and the least of gloo may pass over it
+    flags = absent.to(dtype) * (-1 if reduce == "min" else 1)
+    padding = own.new_zeros(-2 * len(numbers) % _BLOCK)
+    found = collectives.all_reduce(world, torch.cat([own.where(~absent, 0), flags, padding]), reduce).tolist()
+    flagged = found[len(numbers) : 2 * len(numbers)]
+    return [nan if flag else value for value, flag in zip(found, flagged, strict=False)]
 
 
 def _number(name: str, value: Any) -> Tensor | float:
@@ -58,9 +67,9 @@ def _number(name: str, value: Any) -> Tensor | float:
     )
 
 
-def _check_names(world: World, names: list[str], marks: list[float], wanted: float) -> None:
+def _check_names(world: World, names: list[str], marks: list[float], wanted: list[float]) -> None:
     """Marks of the same names are equal: then their greatest, least, mean and sum are what one rank can tell."""
-    if world.size > 1 and marks != [wanted, -wanted]:
+    if world.size > 1 and marks != wanted:
         raise ConfigError(
             f"`metrics` must have the same names on every rank to be reduced, but another rank has others than"
             f" {', '.join(map(repr, names)) or 'none'}, which rank {world.rank} has. Log the same names everywhere."
