@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fabriclite import ConfigError, DDPStrategy, DeepSpeedStrategy, Fabric, LaunchError
+from fabriclite import ConfigError, DDPStrategy, Fabric, LaunchError
 from fabriclite.callbacks import HOOKS
 from fabriclite.collectives import gather_objects
 from worlds import STRATEGIES
@@ -167,13 +167,20 @@ def test_accumulation_and_several_optimizers(strategy: str) -> None:
 
 
 def overflow(fabric: Fabric, factor: float) -> list[Any]:
-    """Each step with gradients that do or do not fit; what is told of it, and whether weights changed."""
+    """Each step with gradients that do or do not fit; what is told of it, and whether weights changed; and what hooks of
+    torch are told that are taken away after the second."""
     fabric.seed_everything(1)
     with fabric.init_module():
         net = Net()
     model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.1))
-    counts = []
+    counts, heard = [], []
+    handles = [
+        optimizer.register_step_pre_hook(lambda o, a, k: heard.append(("before", o is optimizer, a, k))),
+        optimizer.register_step_post_hook(lambda o, a, k: heard.append(("after", o is optimizer, a, k))),
+    ]
     for step in range(4):
+        for handle in handles if step == 2 else ():
+            handle.remove()
         # on one rank alone, whose overflow skips the step of all
         big = factor if step % 2 == 0 and fabric.global_rank == fabric.world_size - 1 else 1.0
         names()
@@ -184,7 +191,7 @@ def overflow(fabric: Fabric, factor: float) -> list[Any]:
         after = list(model.state_dict().values())
         changed = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
         counts.append((changed, [name for name in names() if "step" in name]))
-    return gather_objects(fabric._ready_world, counts)
+    return gather_objects(fabric._ready_world, (counts, heard))
 
 
 @pytest.mark.parametrize(
@@ -194,7 +201,8 @@ def overflow(fabric: Fabric, factor: float) -> list[Any]:
 def test_a_skipped_step_is_not_told(strategy: str, world: int, precision: str) -> None:
     told = launched(STRATEGIES[strategy], world, overflow, float("inf"), precision=precision)
     both = ["before_optimizer_step", "after_optimizer_step"]
-    for counts in told:
+    for counts, heard in told:
+        assert heard == [("before", True, (), {}), ("after", True, (), {})]
         assert [names for _, names in counts] == [[], both, [], both]
         assert [changed for changed, names in counts if not names] == [False, False]
 
@@ -349,28 +357,6 @@ def test_copies_tell_nobody() -> None:
     optimizer.step()
     batches = ["before_batch", "after_batch"] * 2 + ["before_batch"]
     assert names() == [*batches, "before_optimizer_step", "after_optimizer_step"]
-
-
-def removed(fabric: Fabric) -> list[Any]:
-    """torch's own hooks on what `setup` returned under DeepSpeed."""
-    model, optimizer = fabric.setup(net := Net(), torch.optim.SGD(net.parameters(), lr=0.1))
-    heard: list[Any] = []
-    handles = [
-        optimizer.register_step_pre_hook(lambda o, a, k: heard.append(("before", o is optimizer, a, k))),
-        optimizer.register_step_post_hook(lambda o, a, k: heard.append(("after", o is optimizer, a, k))),
-    ]
-    for _ in range(2):
-        fabric.backward(model(torch.ones(2, 4)).mean())
-        optimizer.step()
-        optimizer.zero_grad()
-        for handle in handles:
-            handle.remove()
-    return heard
-
-
-def test_hooks_of_torch_under_deepspeed() -> None:
-    config = DeepSpeedStrategy(stage=2, start_method="forkserver")
-    assert launched(config, 1, removed) == [("before", True, (), {}), ("after", True, (), {})]
 
 
 def test_hooks_are_documented() -> None:
