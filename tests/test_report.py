@@ -88,7 +88,8 @@ def test_a_model_as_it_was_spread(strategy: str) -> None:
     width = 2 if precision == "bf16-true" else 4
     assert (gpt.name, gpt.parameters, gpt.bytes) == ("GPT", GPT_ELEMENTS, GPT_ELEMENTS * width)
     shares = {"single_device": 1, "ddp": 1}.get(strategy, 2)
-    assert gpt.rank_parameters.least * shares <= GPT_ELEMENTS <= gpt.rank_parameters.most * shares
+    assert GPT_ELEMENTS <= gpt.rank_parameters.most * shares < 1.1 * GPT_ELEMENTS  # tensor parallel keeps norms whole
+    assert gpt.rank_parameters.least * shares <= GPT_ELEMENTS or strategy == "tp"
     assert gpt.rank_bytes == Range(gpt.rank_parameters.least * width, gpt.rank_parameters.most * width)
     assert gpt.tied == (("embed.weight", "lm_head.weight"),)
     assert gpt.frozen == ()
@@ -218,8 +219,10 @@ def test_sizes_have_three_digits() -> None:
 
 
 def shape(text: str) -> list[str]:
-    """Lines with every figure and version replaced."""
-    return [re.sub(r"[\d.]+(\+\w+)?( [KMGT]iB| B)?\b", "#", line).strip() for line in text.strip().splitlines()]
+    """Lines with every figure and version replaced, and what ranks may or may not have in common."""
+    unwrapped = re.sub(r"\n {13}", " ", text.strip())
+    numbered = re.sub(r"[\d.]+(\+\w+)?( [KMGT]iB| B)?\b", "#", unwrapped)
+    return [line.strip() for line in numbered.replace("# to #", "#").splitlines()]
 
 
 def as_on_the_page(fabric: Fabric) -> str:

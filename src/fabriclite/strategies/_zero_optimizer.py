@@ -55,14 +55,14 @@ class EngineOptimizer(Optimizer):
         self.unstepped.discard(self.engine)
         if self._stepped:
             for hook in list(self._after.values()):
-                hook(self, (), {})
+                hook(self, (self,), {})
 
     def _begin(self) -> None:
         """The engine steps the user's optimizer, once for each partition; after an overflow it does not."""
         if not self._stepped:
             self._stepped = True
             for hook in list(self._before.values()):
-                hook(self, (), {})
+                hook(self, (self,), {})
 
     @override
     def register_step_pre_hook(self, hook: StepHook) -> RemovableHandle:
