@@ -184,7 +184,7 @@ def test_mlflow_reads_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     logger.log_hyperparams({f"p{i}": i for i in range(150)})
     fabric.log("loss", torch.tensor(2.5), 10)
     fabric.log_dict({"loss": 2, "inf": float("inf")}, 20)
-    client, run_id = logger.experiment
+    client, run_id = logger.experiment, logger.run_id
     assert client.get_run(run_id).info.status == "RUNNING"
     logger.finalize()
     assert client.get_run(run_id).info.status == "FINISHED"
@@ -331,6 +331,8 @@ def speak(fabric: Fabric, tmp_path: Path) -> list[Any]:
     if rank:
         logger.experiment.anything(1).more = 2
         logger.experiment["key"][0].add("x")
+        logger.experiment.key["other"] = 1
+        assert list(logger.experiment.rows()) == []
     refused = []
     for names in ({"a": 1, "b": 2}, {"a": 1, "c": 2}), ({"a": 1}, {}):
         try:
@@ -345,7 +347,7 @@ def test_two_ranks_write_one_file(tmp_path: Path) -> None:
     from lightning_fabric.loggers import CSVLogger as LightningLogger
 
     loggers = [CSVLogger(tmp_path, "ours"), Own(tmp_path / "own.txt"), LightningLogger(tmp_path, "theirs")]
-    config = DDPStrategy(start_method="forkserver")
+    config = DDPStrategy(start_method="fork")  # importing Lightning takes seconds: once is enough
     fabric = Fabric(accelerator="cpu", devices=2, strategy=config, loggers=loggers)
     told = fabric.launch(speak, tmp_path)
     assert [collectives for collectives, *_ in told] == [1, 1]
@@ -500,3 +502,26 @@ def test_closing_that_fails_is_told_and_closes_the_others(tmp_path: Path) -> Non
 
 def test_worlds_without_loggers_log_nothing() -> None:
     run(log_once, "ddp", 2)
+
+
+def fork_and_log(root: str) -> int:
+    """In a process of its own: one ``Fabric`` that logged, and ranks that are forked after."""
+    first = Fabric(accelerator="cpu", devices=1, strategy="single_device", loggers=Own(Path(root, "first.txt")))
+    first.log("a", 1)
+    second = CSVLogger(root, version="a")
+    second.log_metrics({"a": 0.5}, 1)
+    config = DDPStrategy(start_method="fork")
+    Fabric(accelerator="cpu", devices=2, strategy=config, loggers=second).launch(log_once)
+    second.log_metrics({"a": 1.5}, 2)
+    return os.getpid()
+
+
+def test_forked_ranks_close_what_is_theirs(tmp_path: Path) -> None:
+    code = f"from test_loggers import fork_and_log; print(fork_and_log({str(tmp_path)!r}))"
+    here = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": here}
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "first.txt").read_text() == f"{{'a': 1}} None {done.stdout.strip()}\nsuccess {done.stdout}"
+    assert [row["a"] for row in table(tmp_path / "logs/a/metrics.csv")] == ["0.5", "0", "1.5"]

@@ -5,7 +5,7 @@ import atexit
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from numbers import Real
 from types import TracebackType
@@ -118,6 +118,9 @@ class Nobody:
 
     def __getitem__(self, key: Any) -> "Nobody":
         return self
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
 
     def __setitem__(self, key: Any, value: Any) -> None:
         pass

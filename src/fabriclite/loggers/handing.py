@@ -1,6 +1,7 @@
 """The loggers of one ``Fabric``: who is called on this rank, and who is closed at the end."""
 
 import atexit
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final
@@ -17,11 +18,15 @@ class Loggers:
 
     Args:
         items: as the user passed them.
+
+    Attributes:
+        process: in which they are to be closed; one that is forked from it closes none of them.
     """
 
     def __init__(self, items: Sequence[Any]) -> None:
         self._all = list(items)
         self._here = list(items)
+        self.process: int | None = None
 
     def start(self, rank: int) -> None:
         """This process is ``rank``. From now on loggers are closed when it ends, also by a failure."""
@@ -32,6 +37,7 @@ class Loggers:
         self._here = [logger for logger in self._all if _takes_part(logger, rank)]
         if not _STARTED:
             atexit.register(_close_at_exit)
+        self.process = os.getpid()
         _STARTED.append(self)
         watched = hooks.current()
         if watched is not None:
@@ -74,7 +80,9 @@ _STARTED: Final[list[Loggers]] = []
 
 def _close_all(status: Status) -> None:
     while _STARTED:
-        _STARTED.pop().close(status)
+        loggers = _STARTED.pop()
+        if loggers.process == os.getpid():
+            loggers.close(status)
 
 
 def _close_at_exit() -> None:

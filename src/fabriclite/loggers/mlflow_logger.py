@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any, Final, NamedTuple, final
+from typing import Any, Final, final
 
 from typing_extensions import override
 
@@ -14,14 +14,9 @@ _LONGEST: Final = 6000
 """Characters of a parameter's value."""
 
 
-class _Run(NamedTuple):
-    client: Any
-    run_id: str
-
-
 @final
 class MLflowLogger(RankZeroLogger):
-    """Logs to a run of MLflow. ``experiment`` is a pair ``(client, run_id)``.
+    """Logs to a run of MLflow. ``experiment`` is an ``MlflowClient``; ``run_id`` says which run.
 
     Each call of ``log_metrics`` is one request, and has been answered when it returns.
 
@@ -65,7 +60,7 @@ class MLflowLogger(RankZeroLogger):
     run_id = version
 
     @override
-    def _open(self) -> _Run:
+    def _open(self) -> Any:
         client = imported("mlflow.tracking", "MLflowLogger").MlflowClient(tracking_uri=self._uri)
         if self._run_id is None:
             found = client.get_experiment_by_name(self.name)
@@ -73,22 +68,22 @@ class MLflowLogger(RankZeroLogger):
             self._run_id = client.create_run(where, tags=self._tags, run_name=self._run_name).info.run_id
         else:
             client.update_run(self._run_id, status="RUNNING")
-        return _Run(client, self._run_id)
+        return client
 
     @override
-    def _write(self, opened: _Run, metrics: Mapping[str, Any], step: int) -> None:
+    def _write(self, opened: Any, metrics: Mapping[str, Any], step: int) -> None:
         entities, now = imported("mlflow.entities", "MLflowLogger"), int(time.time() * 1000)
         numbers = {name: as_number("MLflowLogger", name, value) for name, value in metrics.items()}
         found = [entities.Metric(name, value, now, step) for name, value in numbers.items()]
-        opened.client.log_batch(opened.run_id, metrics=found)
+        opened.log_batch(self._run_id, metrics=found)
 
     @override
-    def _write_params(self, opened: _Run, params: Mapping[str, Any]) -> None:
+    def _write_params(self, opened: Any, params: Mapping[str, Any]) -> None:
         entities = imported("mlflow.entities", "MLflowLogger")
         found = [entities.Param(name, str(value)[:_LONGEST]) for name, value in params.items()]
         for start in range(0, len(found), _AT_ONCE):
-            opened.client.log_batch(opened.run_id, params=found[start : start + _AT_ONCE])
+            opened.log_batch(self._run_id, params=found[start : start + _AT_ONCE])
 
     @override
-    def _close(self, opened: _Run, status: Status) -> None:
-        opened.client.set_terminated(opened.run_id, "FINISHED" if status == "success" else "FAILED")
+    def _close(self, opened: Any, status: Status) -> None:
+        opened.set_terminated(self._run_id, "FINISHED" if status == "success" else "FAILED")
