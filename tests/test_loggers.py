@@ -210,11 +210,11 @@ def test_mlflow_reads_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 WANDB = """
 import sys
-from fabriclite import Fabric
+from fabriclite import ConfigError, Fabric
 from fabriclite.loggers import WandbLogger
 
-for name in "well", "badly":
-    logger = WandbLogger("first", sys.argv[1] + "/" + name, version="abc", offline=True, project="mine", prefix="train")
+for name, prefix in ("well", "train"), ("badly", ""):
+    logger = WandbLogger("first", sys.argv[1] + "/" + name, version="abc", offline=True, project="mine", prefix=prefix)
     fabric = Fabric(accelerator="cpu", devices=1, loggers=logger)
     logger.log_hyperparams({"lr": 0.5})
     fabric.log("loss", 2.5, 10)
@@ -223,7 +223,10 @@ for name in "well", "badly":
     assert logger.version == logger.experiment.id == "abc"
     if name == "well":
         logger.finalize()
-raise RuntimeError("it fails")
+try:
+    logger.log_metrics({"step": 1})
+except ConfigError as error:
+    raise RuntimeError("it fails") from error
 """
 
 
@@ -235,7 +238,8 @@ def test_wandb_reads_it_back(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, env=env)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "RuntimeError: it fails"
-    for name, code in [("well", 0), ("badly", 1)]:
+    assert "`metrics` must not name 'step', which WandbLogger logs itself, but does. Pass step=" in done.stderr
+    for name, before, code in [("well", "train/", 0), ("badly", "", 1)]:
         (file,) = (tmp_path / name).glob("wandb/offline-run-*/run-abc.wandb")
         records = list(wandb_records(file))
         history = [
@@ -243,8 +247,8 @@ def test_wandb_reads_it_back(tmp_path: Path) -> None:
             for record in records
             if record.WhichOneof("record_type") == "history"
         ]
-        assert [(h["step"], h["train/loss"]) for h in history] == [(10, 2.5), (20, 2), (15, 1.5)]
-        assert history[1]["train/note"] == "text"
+        assert [(h["step"], h[f"{before}loss"]) for h in history] == [(10, 2.5), (20, 2), (15, 1.5)]
+        assert history[1][f"{before}note"] == "text"
         assert [r.exit.exit_code for r in records if r.WhichOneof("record_type") == "exit"] == [code]
         begun = next(r.run for r in records if r.WhichOneof("record_type") == "run")
         assert (begun.run_id, begun.project, begun.display_name) == ("abc", "mine", "first")
