@@ -12,7 +12,7 @@ import fabriclite
 SRC = Path(fabriclite.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 FLOORS = {
-    0: ("errors", "precision", "world", "devices", "layout", "_torch"),
+    0: ("errors", "precision", "world", "devices", "layout", "clock", "spelling", "spread", "_torch"),
     1: ("birth", "boxes", "shards", "stored", "stretch", "seed"),
     2: (
         "strategy",
@@ -31,7 +31,7 @@ FLOORS = {
         "environments",
     ),
     3: ("strategies", "module", "checkpoint"),
-    4: ("registry", "arguments", "books", "checks", "entries", "preemption", "planning", "watching"),
+    4: ("registry", "arguments", "books", "checks", "entries", "preemption", "loggers", "planning", "watching"),
     5: ("fabric",),
     6: ("", "cli", "doctor", "__main__"),
 }
@@ -171,6 +171,15 @@ def test_strategies_are_final_and_flat() -> None:
 def test_importing_is_cheap() -> None:
     """DTensor alone takes 0.6 s; what a script does not use it does not pay for."""
     code = "import fabriclite, sys; print([m for m in sys.argv[1:] if m in sys.modules])"
-    heavy = ["torch.distributed.tensor", "torch._dynamo", "deepspeed", "transformers", "tensorboard", "matplotlib"]
+    heavy = [
+        "torch.distributed.tensor",
+        "torch._dynamo",
+        "deepspeed",
+        "transformers",
+        "tensorboard",
+        "matplotlib",
+        "wandb",
+        "mlflow",
+    ]
     done = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"

@@ -53,6 +53,17 @@ def ddp_buffer_option(broadcast: bool) -> dict[str, Any]:
     return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": broadcast}
 
 
+def ddp_bucket_bytes(ddp: DistributedDataParallel) -> list[int]:
+    """Sizes of the buckets in which ``ddp`` sends gradients, in bytes: those it made anew after its first backward, if
+    it has.
+
+    ``DistributedDataParallel._get_ddp_logging_data``; nothing public tells them.
+    """
+    data = ddp._get_ddp_logging_data()  # type: ignore[no-untyped-call]
+    sizes = data.get("rebuilt_bucket_sizes") or data.get("bucket_sizes") or ""
+    return [int(size) for size in sizes.split(",") if size.strip()]
+
+
 def fsdp_enter(module: Any) -> Callable[[Any], Any]:
     """Gather the root group as its forward does; the result does what comes after a forward.
 

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -9,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fabriclite import optim
+from fabriclite.clock import Clock
 from fabriclite.errors import ConfigError, SetupOrderError
 from fabriclite.module import FabricModule, unwrap
 from fabriclite.strategy import Strategy
@@ -17,8 +19,31 @@ if TYPE_CHECKING:
     from fabriclite.birth.verify import Promise
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A module that was set up, and still lives.
+
+    Attributes:
+        module: the user's own.
+        engine: what the strategy made of it.
+        promise: what it was.
+        clock: how long setting it up took.
+        optimizers: those of its parameters, in no order.
+    """
+
+    module: nn.Module
+    engine: nn.Module
+    promise: "Promise"
+    clock: Clock
+    optimizers: tuple[Optimizer, ...]
+
+
 class Books:
-    """The modules and optimizers of one ``Fabric``. Holds none of them alive."""
+    """The modules and optimizers of one ``Fabric``. Holds none of them alive.
+
+    Attributes:
+        loads: what was read from files into them, a line each.
+    """
 
     def __init__(self) -> None:
         # A pane holds its module: held here by a strong reference it would keep both alive.
@@ -26,6 +51,8 @@ class Books:
         self._bindings: WeakKeyDictionary[nn.Module, Mapping[int, optim.Binding]] = WeakKeyDictionary()
         self._promises: WeakKeyDictionary[nn.Module, Promise] = WeakKeyDictionary()
         self._owners: WeakKeyDictionary[Optimizer, nn.Module] = WeakKeyDictionary()
+        self._clocks: WeakKeyDictionary[nn.Module, Clock] = WeakKeyDictionary()
+        self.loads: list[str] = []
 
     # -- checks ------------------------------------------------------------------
     def check_module(self, module: Any) -> None:
@@ -83,11 +110,14 @@ class Books:
         return found
 
     # -- entries -----------------------------------------------------------------
-    def enter_module(self, pane: FabricModule, bindings: Mapping[int, optim.Binding], promise: "Promise") -> None:
+    def enter_module(
+        self, pane: FabricModule, bindings: Mapping[int, optim.Binding], promise: "Promise", clock: Clock
+    ) -> None:
         module = unwrap(pane)
         self._panes[module] = weakref.ref(pane)
         self._bindings[module] = bindings
         self._promises[module] = promise
+        self._clocks[module] = clock
 
     def enter_optimizer(self, optimizer: Optimizer, strategy: Strategy, owner: nn.Module | None = None) -> None:
         """Note whose optimizer it is, make it step current parameters, and scale its steps if the precision needs it.
@@ -126,6 +156,20 @@ class Books:
     def promise(self, module: nn.Module) -> "Promise":
         """What a module was when it was set up."""
         return self._promises[unwrap(module)]
+
+    def entries(self) -> list[Entry]:
+        """The modules that still live, in the order in which they were set up."""
+        return [
+            Entry(
+                module=module,
+                engine=pane._fl_engine,
+                promise=self._promises[module],
+                clock=self._clocks[module],
+                optimizers=tuple(optimizer for optimizer, owner in self._owners.items() if owner is module),
+            )
+            for module, ref in self._panes.items()
+            if (pane := ref()) is not None
+        ]
 
     def engine_of(self, optimizer: Any) -> nn.Module:
         """The engine whose parameters ``optimizer`` steps.

@@ -5,9 +5,10 @@ arguments; what it raises ends the run like any other error.
 
 =============================  =====================================================================================
 ``on_after_setup``             ``fabric, module``: a module was set up
-``on_before_batch``            ``loader``: the script asks a loader for a batch
+``on_before_batch``            ``loader``: the script asks a loader for a batch, also where none is left
 ``on_after_batch``             ``loader, batch``: it gets it
-``on_before_forward``          ``module, args, kwargs``: a module that was set up is called
+``on_before_forward``          ``module, args, kwargs``: what ``setup`` returned is called; not told of what a method of
+                               it, such as ``generate()``, calls inside
 ``on_after_forward``           ``module, output``
 ``on_before_backward``         ``loss``
 ``on_after_backward``          ``loss``
@@ -24,7 +25,6 @@ Every rank tells its own callbacks. Others of your choice are called by ``fabric
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from torch import nn
 from torch.optim import Optimizer
 
 from fabriclite.errors import ConfigError
@@ -53,7 +53,7 @@ class Callbacks:
 
     def add(self, callback: Any) -> None:
         """Tell ``callback`` too, after the others."""
-        self._items.append(callback)
+        self._items = [*self._items, callback]  # a new list: who is being told now stays as it is
 
     def remove(self, callback: Any) -> None:
         """Tell ``callback`` no longer."""
@@ -77,15 +77,19 @@ class Callbacks:
                 error.add_note(f"Raised by the callback {type(callback).__name__}.{hook}.")
                 raise
 
-    def around_forward(self, forward: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
-        """``forward``, told of before and after."""
+    def __reduce__(self) -> Any:
+        """Copies and pickles of what is told of, a loader say, tell nobody: callbacks belong to one ``Fabric``."""
+        return Callbacks, ()
+
+    def around_forward(self, forward: Callable[..., Any], module: Callable[[], Any]) -> Callable[..., Any]:
+        """``forward``, told of before and after. ``module``: a weak reference to what it is the forward of."""
 
         def told(*args: Any, **kwargs: Any) -> Any:
             if not self._items:
                 return forward(*args, **kwargs)
-            self.call("on_before_forward", module=module, args=args, kwargs=kwargs)
+            self.call("on_before_forward", module=module(), args=args, kwargs=kwargs)
             output = forward(*args, **kwargs)
-            self.call("on_after_forward", module=module, output=output)
+            self.call("on_after_forward", module=module(), output=output)
             return output
 
         return told

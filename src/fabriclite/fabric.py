@@ -19,11 +19,14 @@ from fabriclite.callbacks import Callbacks
 from fabriclite.checkpoint.formats import Format, Safetensors
 from fabriclite.checkpoint.report import LoadReport
 from fabriclite.checkpoint.saving import SaveHandle, Saver, wait_for_all
+from fabriclite.clock import Clock
 from fabriclite.errors import ConfigError, SetupOrderError
 from fabriclite.launch import process_group, rerun, signals, spawn
 from fabriclite.launch.choose import Situation, choose
 from fabriclite.launch.determinism import Deterministic, make_deterministic
 from fabriclite.launch.environments.described import Described
+from fabriclite.loggers.handing import Loggers, closed_after
+from fabriclite.loggers.reduction import Reduce, over_ranks
 from fabriclite.module import FabricModule
 from fabriclite.precision import Precision, PrecisionInput
 from fabriclite.registry import resolve
@@ -32,6 +35,7 @@ from fabriclite.world import World
 
 if TYPE_CHECKING:
     from fabriclite.checkpoint.parts import Part
+    from fabriclite.watching.report import Report
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -51,7 +55,7 @@ class Fabric:
         plugins: a :class:`~fabriclite.Precision` instead of ``precision``; one of :mod:`fabriclite.environments` that
             says which launcher started this process; a list of both; or ``None``.
         callbacks: objects whose methods :meth:`call` runs.
-        loggers: objects with ``log_metrics(metrics, step)``.
+        loggers: objects with ``log_metrics(metrics, step)``, such as those of :mod:`fabriclite.loggers`.
         deterministic: ``True``: an operation that could give other bits another time is an error, ``"warn"``: a
             warning. It holds for the whole process, also after; the processes that :meth:`launch` starts get it too.
 
@@ -88,6 +92,7 @@ class Fabric:
         arguments.check_loggers(arguments.as_list(loggers))
         self._callbacks = Callbacks(arguments.as_list(callbacks))
         self._loggers = arguments.as_list(loggers)
+        self._handing = Loggers(self._loggers)
         self._environment = arguments.this_environment(plugins)
         process_group.expect(self._environment)
         self._precision = arguments.wished_precision(precision, plugins)
@@ -97,6 +102,7 @@ class Fabric:
         arguments.check_precision(self._precision, self._config)
         self._num_nodes = self._world.size // self._world.local_size
         self._books = Books()
+        self._clock = Clock()
         self._saver = Saver()
         # None: other processes are still to be started by `launch`.
         self._strategy: Strategy | None = None
@@ -188,7 +194,8 @@ class Fabric:
         )
         way = choose(situation, self._config.start_method)
         if way == "rerun":
-            rerun.rerun_script(self._world.size, self._config.timeout)
+            with self._clock.phase("launch"):
+                rerun.rerun_script(self._world.size, self._config.timeout)
             self._environment = arguments.this_environment(self._arguments["plugins"])
             self._strategy = self._start()
         elif way != "nothing":
@@ -200,13 +207,15 @@ class Fabric:
 
     def _start(self) -> Strategy:
         if self._config.distributed:
-            process_group.join(
-                self._world,
-                self._environment,
-                self._config.process_group_backend,
-                self._config.timeout,
-                {"strategy": type(self._config).__name__, "precision": self._precision.name},
-            )
+            with self._clock.phase("meeting"):
+                process_group.join(
+                    self._world,
+                    self._environment,
+                    self._config.process_group_backend,
+                    self._config.timeout,
+                    {"strategy": type(self._config).__name__, "precision": self._precision.name},
+                )
+        self._handing.start(self._world.rank)
         return self._config.build(world=self._world, precision=self._precision)
 
     @property
@@ -232,7 +241,7 @@ class Fabric:
         """
         if empty_init not in (None, False, True):
             raise ConfigError(f"`empty_init` must be None, False or True, but is {empty_init!r}.")
-        with enter(self._running.plan_init(empty_init)):
+        with self._clock.phase("init_module"), enter(self._running.plan_init(empty_init)):
             yield
 
     def materialize(self, module: M) -> M:
@@ -295,15 +304,18 @@ class Fabric:
             )
         arguments.check_scheduler(scheduler, optimizers)
         module = _torch.compile_in_place(module)
-        bindings = optim.bind(module)
-        with settled(module, strategy.home(move_to_device), strategy.precision, optimizers) as (module, births):
+        bindings, clock, home = optim.bind(module), Clock(), strategy.home(move_to_device)
+        with clock.phase("setup"), settled(module, home, strategy.precision, optimizers) as (module, births):
             checks.same_on_all(strategy.world, module)
             promise, born = Promise.of(module, births), bool(births)
-            engine, stepping = strategy.setup(module, births, optimizers)
+            with clock.phase("spread"):
+                engine, stepping = strategy.setup(module, births, optimizers)
+            clock.add(births.clock.seconds)
             if strategy.sharded and born:
-                checks.verify(strategy, engine, promise, at_birth=True)
+                with clock.phase("verify"):
+                    checks.verify(strategy, engine, promise, at_birth=True)
             pane = FabricModule(engine, strategy, self._callbacks)
-            self._books.enter_module(pane, bindings, promise)
+            self._books.enter_module(pane, bindings, promise, clock)
             for before, after in zip(optimizers, stepping, strict=True):
                 self._books.enter_optimizer(after, strategy, module)
                 self._callbacks.listen_to(after, self._config)
@@ -567,7 +579,9 @@ class Fabric:
 
         self._saver.wait()
         parts = None if state is None else self._parts(state)
-        rest = loading.load(self._running, path, parts, strict, weights_only)
+        with self._clock.phase("load"):
+            rest = loading.load(self._running, path, parts, strict, weights_only)
+        self._books.loads.append(f"load {path}: {', '.join(parts or ()) or 'returned'}")
         self._callbacks.call("on_after_load", path=path)
         return rest
 
@@ -613,7 +627,10 @@ class Fabric:
         together = self._books.knows_module(obj) or self._books.knows_optimizer(obj)
         agreed = Crew(self._world, advice=READER_S_ADVICE).on_all if together else _alone
         share = (self._world.rank, self._world.size)
-        return raw.load_raw(path, part, strict, weights_only, rename, agreed, share)
+        with self._clock.phase("load"):
+            report = raw.load_raw(path, part, strict, weights_only, rename, agreed, share)
+        self._books.loads.append(f"load_raw {path}: {'optimizer' if report is None else report}")
+        return report
 
     def _parts(self, state: Any) -> "dict[str, Part]":
         from fabriclite.entries import parts_of
@@ -642,6 +659,27 @@ class Fabric:
         """
         return preemption.watch(self._ready_world, self._config.timeout, signals, every, requeue)
 
+    # -- seeing ----------------------------------------------------------------
+    def report(self) -> "Report":
+        """What runs here: strategy, mesh, modules and how they are spread, memory, time. Every rank must call this.
+
+        Printed it is one screen; each rank gets rank 0's. Before :meth:`setup` it tells of no module.
+
+        Raises:
+            SetupOrderError: ``launch`` is missing.
+        """
+        from fabriclite.watching.reporting import Known, report
+
+        known = Known(
+            strategy=repr(self._config),
+            precision=self._precision.name,
+            environment=self._environment.why,
+            nodes=self._num_nodes,
+            layout=self._config.layout(self._world.size, self._precision),
+            seconds=self._clock.seconds,
+        )
+        return report(self._running, self._books, known)
+
     # -- small help ------------------------------------------------------------
     def to_device(self, obj: Any) -> Any:
         """Move a module, a tensor or a tree of tensors to this process's device."""
@@ -662,17 +700,24 @@ class Fabric:
         """
         self._callbacks.call(hook_name, *args, **kwargs)
 
-    def log(self, name: str, value: Any, step: int | None = None) -> None:
-        """Hand one number to every logger."""
-        self.log_dict({name: value}, step)
+    def log(self, name: str, value: Any, step: int | None = None, *, reduce: Reduce | None = None) -> None:
+        """Hand one number to every logger; see :meth:`log_dict`."""
+        self.log_dict({name: value}, step, reduce=reduce)
 
-    def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Hand numbers (or tensors of one element) to every logger."""
-        if not self._loggers:
-            return
-        numbers = {name: arguments.number(name, value) for name, value in metrics.items()}
-        for logger in self._loggers:
-            logger.log_metrics(metrics=numbers, step=step)
+    def log_dict(self, metrics: Mapping[str, Any], step: int | None = None, *, reduce: Reduce | None = None) -> None:
+        """Hand numbers (or tensors of one element) to every logger. With ``reduce`` every rank must call this.
+
+        Args:
+            metrics: by name; with ``reduce`` the same names on every rank.
+            step: which step they are of.
+            reduce: ``None`` this rank's own, or ``"mean"``, ``"sum"``, ``"max"`` or ``"min"`` over the ranks, as
+                floats, in one collective for all.
+
+        Raises:
+            ConfigError: ``reduce`` is unknown, or a value is not what it or a logger takes.
+            SetupOrderError: ``reduce`` is given, and ``launch`` is missing.
+        """
+        self._handing.hand(metrics if reduce is None else over_ranks(self._ready_world, metrics, reduce), step)
 
     seed_everything = staticmethod(seed.seed_everything)
 
@@ -689,8 +734,9 @@ def _run_in_worker(
     kwargs: dict[str, Any],
 ) -> T:
     seed.carry_on(seeds)
-    fabric = Fabric(**arguments)
-    result = function(fabric, *args, **kwargs)
+    with closed_after():
+        fabric = Fabric(**arguments)
+        result = function(fabric, *args, **kwargs)
     wait_for_all()  # this process may end without the interpreter's own waiting
     preemption.close_all()
     return result

@@ -5,6 +5,8 @@ from typing import Literal
 
 import torch
 
+from fabriclite.spelling import as_code
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
@@ -44,6 +46,8 @@ class Layout:
     grad_dtype: torch.dtype = torch.float32
     parameters_on_host: bool = False
     optimizer_on_host: bool = False
+
+    __repr__ = as_code
 
     @property
     def world(self) -> int:

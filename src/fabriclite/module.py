@@ -9,6 +9,7 @@ handed out are the ones an optimizer may hold.
 import copy
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, Final, NamedTuple
@@ -45,7 +46,7 @@ class FabricModule:
 
     def __init__(self, engine: nn.Module, strategy: Strategy, callbacks: Callbacks) -> None:
         module = strategy.user_module(engine)
-        forward = callbacks.around_forward(strategy.forward(engine), module)
+        forward = callbacks.around_forward(strategy.forward(engine), weakref.ref(self))
         values = (module, engine, strategy, forward, set[str]())
         for name, value in zip(_SLOTS, values, strict=True):
             object.__setattr__(self, name, value)

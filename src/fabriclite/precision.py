@@ -6,6 +6,7 @@ from typing import Final, Literal, get_args
 import torch
 
 from fabriclite.errors import ConfigError
+from fabriclite.spelling import as_code
 
 PrecisionName = Literal["64-true", "32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed"]
 PrecisionInput = PrecisionName | Literal["64", "32", "16", "bf16", 64, 32, 16]
@@ -35,6 +36,10 @@ class Precision:
     param_dtype: torch.dtype
     compute_dtype: torch.dtype
     reduce_dtype: torch.dtype
+
+    def __repr__(self) -> str:
+        usual = self.name in NAMES and Precision.parse(self.name) == self
+        return f"Precision.parse({self.name!r})" if usual else as_code(self)
 
     @property
     def mixed(self) -> bool:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from fabriclite.birth.plan import InitPlan
 from fabriclite.layout import Layout
 from fabriclite.precision import Precision, PrecisionName
+from fabriclite.spread import Spread
 from fabriclite.world import World
 
 if TYPE_CHECKING:
@@ -76,6 +77,10 @@ class Strategy(ABC):
     @abstractmethod
     def hand_out(self, engine: nn.Module) -> None:
         """Called before parameters or submodules reach the user: bring them into the form an optimizer may hold."""
+
+    @abstractmethod
+    def spread(self, engine: nn.Module) -> Spread:
+        """How ``engine`` lies over the world. It looks at the engine, and changes nothing."""
 
     # -- step --------------------------------------------------------------
     @abstractmethod

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from fabriclite.errors import WorldError
+from fabriclite.spelling import as_code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,8 @@ class World:
     local_size: int = 1
     node_rank: int = 0
     device: torch.device = torch.device("cpu")
+
+    __repr__ = as_code
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:

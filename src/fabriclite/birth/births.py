@@ -16,6 +16,7 @@ from fabriclite.birth.places import Place, give_lazy_ones_a_device, listed, plac
 from fabriclite.birth.recording import Recording
 from fabriclite.birth.streams import At, Held
 from fabriclite.birth.tape import Captured, Ref
+from fabriclite.clock import Clock
 from fabriclite.errors import MaterializeError
 from fabriclite.stored import Stored
 
@@ -29,11 +30,15 @@ class Births:
     Args:
         recording: which its tensors belong to; ``None`` if there is none.
         places: where they are, parameters first.
+
+    Attributes:
+        clock: how long it takes to agree on them, and to fill them.
     """
 
     def __init__(self, recording: Recording | None, places: Sequence[Place]) -> None:
         self._recording = recording
         self.places = list(places)
+        self.clock = Clock()
         self._by_id = {id(place.tensor): place for place in self.places}
         self._flat: list[Goal] = []
 
@@ -140,6 +145,10 @@ class Births:
         tape = self._recording.tape
         return frozenset(p.name for p in self.places if p.kind != "attribute" and loaded(tape, p.ref) is not None)
 
+    def names(self) -> frozenset[str]:
+        """Parameters and buffers that were recorded, and have no memory yet."""
+        return frozenset(p.name for p in self.places if p.kind != "attribute")
+
     # -- filling ---------------------------------------------------------------------------
     def fill(self, *, shards_on: torch.device | None = None, send: Send | None = None, first: bool = True) -> None:
         """Give every tensor its memory and values, and every module that holds one the same object as before.
@@ -154,7 +163,11 @@ class Births:
         """
         if self._recording is None or not self.places:
             return
-        tape = self._recording.tape
+        with self.clock.phase("fill"):
+            self._fill(self._recording, shards_on, send, first)
+
+    def _fill(self, recording: Recording, shards_on: torch.device | None, send: Send | None, first: bool) -> None:
+        tape = recording.tape
         plain, split = self._targets(shards_on)
         wholes = {ref.storage: Whole(ref.storage, ref.dtype) for _, ref in plain}
         goals = [*(goal for _, goal in split), *self._flat]
@@ -170,7 +183,7 @@ class Births:
         for sharded, goal in split:
             _torch.become_sharded(sharded, goal.out)
         self._rename()
-        self._recording.close({p.ref.storage for p in self.places if p.kind == "parameter" and p.now() is not p.tensor})
+        recording.close({p.ref.storage for p in self.places if p.kind == "parameter" and p.now() is not p.tensor})
         self.places.clear()
 
     def _targets(self, shards_on: torch.device | None) -> tuple[list[tuple[Tensor, Ref]], list[tuple[DTensor, Goal]]]:

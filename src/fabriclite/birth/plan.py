@@ -8,6 +8,7 @@ from enum import Enum
 import torch
 
 from fabriclite.birth import session
+from fabriclite.spelling import as_code
 
 
 class Birth(Enum):
@@ -33,6 +34,8 @@ class InitPlan:
     birth: Birth
     device: torch.device
     dtype: torch.dtype
+
+    __repr__ = as_code
 
     @classmethod
     def of(cls, *, record: bool, device: torch.device, dtype: torch.dtype) -> "InitPlan":

@@ -40,6 +40,7 @@ class Promise:
         ties: names that are one parameter.
         random: names of parameters whose values were drawn one by one, so that no two parts are equal.
         loaded: names of those that are tensors of a file.
+        recorded: names of parameters and buffers that ``setup`` made, rather than their own code at once.
     """
 
     kind: str
@@ -49,6 +50,7 @@ class Promise:
     ties: Sequence[Sequence[str]]
     random: frozenset[str]
     loaded: frozenset[str] = frozenset()
+    recorded: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, module: nn.Module, births: Births) -> "Promise":
@@ -61,6 +63,7 @@ class Promise:
             ties=_ties(named),
             random=births.random_names(),
             loaded=births.loaded_names(),
+            recorded=births.names(),
         )
 
 

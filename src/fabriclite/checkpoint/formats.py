@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from fabriclite.errors import ConfigError
+from fabriclite.spelling import as_code
 
 Format = Literal["folder", "file", "safetensors"]
 OWN: Final = "fabriclite"
@@ -27,6 +28,8 @@ class Safetensors:
     """
 
     max_file_bytes: int = DEFAULT_MAX_BYTES
+
+    __repr__ = as_code
 
     def __post_init__(self) -> None:
         size: object = self.max_file_bytes

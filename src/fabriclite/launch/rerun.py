@@ -117,6 +117,7 @@ class _Starter:
         """The last act of this process after a failure."""
         status = 1
         try:
+            self._watch.close_what_is_open()
             self._end_children()
             found = verdict.judge(outlet.read(self._folder), list(self._exits.values()), host(), self._watch.size)
             rmtree(self._folder, ignore_errors=True)

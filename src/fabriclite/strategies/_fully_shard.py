@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from fabriclite import _torch
 from fabriclite.birth.births import has_memory
 from fabriclite.precision import Precision
+from fabriclite.spread import Wrapped
 from fabriclite.strategies.configs import WrapPolicy
 from fabriclite.strategies.wrapping import wrap_units
 from fabriclite.strategy import Finish
@@ -190,3 +191,16 @@ def is_sharded(module: nn.Module) -> bool:
 def is_root(module: nn.Module) -> bool:
     """Whether ``fully_shard`` was applied to ``module`` itself."""
     return isinstance(module, FSDPModule)
+
+
+def groups(module: nn.Module) -> tuple[Wrapped, ...]:
+    """What is gathered together: by class, and the root last."""
+    inner = Counter(_own_class(sub) for sub in module.modules() if isinstance(sub, FSDPModule) and sub is not module)
+    found = [Wrapped(how="FSDP", what=name, count=count) for name, count in inner.items()]
+    root = [Wrapped(how="FSDP root", what=_own_class(module))] if is_root(module) else []
+    return (*found, *root)
+
+
+def _own_class(module: nn.Module) -> str:
+    """``fully_shard`` makes a class of its own: that of the module is its last base."""
+    return type(module).__bases__[-1].__name__

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -112,6 +113,11 @@ def unscale(strategy: Strategy, optimizer: Optimizer) -> None:
         strategy.scaler.unscale_(optimizer)
 
 
+def axes(mesh: DeviceMesh) -> dict[str, int]:
+    """Axis to size, outermost first."""
+    return dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
+
+
 def fill(births: Births, world: World) -> None:
     """Give a recorded module memory and the same values on all ranks. Every rank must call this."""
     fill_agreed(births, world, agree(births, world))
@@ -125,7 +131,8 @@ def agree(births: Births, world: World) -> bool:
     """
     if world.size == 1:
         return True
-    digests = gather_objects(world, (births.outline(), births.fingerprint()))
+    with births.clock.phase("agree"):
+        digests = gather_objects(world, (births.outline(), births.fingerprint()))
     odd = [rank for rank, (outline, _) in enumerate(digests) if outline != digests[0][0]]
     if odd:
         raise MaterializeError(

@@ -14,6 +14,7 @@ from torch import nn
 from fabriclite.errors import ConfigError
 from fabriclite.layout import Layout
 from fabriclite.precision import NAMES, Precision, PrecisionName
+from fabriclite.spelling import as_code
 from fabriclite.strategy import StartMethod, Strategy
 from fabriclite.world import World
 
@@ -48,6 +49,8 @@ class SingleDeviceStrategy:
     start_method: ClassVar[StartMethod] = "auto"
     process_group_backend: ClassVar[str | None] = None
     timeout: ClassVar[timedelta] = DEFAULT_TIMEOUT
+
+    __repr__ = as_code
 
     def check_world(self, size: int) -> None:
         if size != 1:
@@ -113,6 +116,8 @@ class DDPStrategy:
                 " unused parameters once by itself. Keep one."
             )
 
+    __repr__ = as_code
+
     def check_world(self, size: int) -> None:
         """Any size."""
 
@@ -170,6 +175,8 @@ class FSDPStrategy:
             raise ConfigError(
                 f"`device_mesh` must be two sizes (replicate, shard) of at least 1, but is {mesh!r}. Example: (2, 4)."
             )
+
+    __repr__ = as_code
 
     def check_world(self, size: int) -> None:
         if self.device_mesh is not None and self.device_mesh[0] * self.device_mesh[1] != size:
@@ -276,6 +283,8 @@ class ModelParallelStrategy:
             )
         return data, tensor
 
+    __repr__ = as_code
+
     def check_world(self, size: int) -> None:
         self.sizes(size)
 
@@ -332,6 +341,8 @@ class DeepSpeedStrategy:
                 f"`offload_parameters` must come with stage 3, but stage is {self.stage}:"
                 " only stage 3 shards parameters. Use stage=3 or offload_optimizer=True."
             )
+
+    __repr__ = as_code
 
     def check_world(self, size: int) -> None:
         """Any size."""

@@ -20,6 +20,7 @@ from fabriclite.birth.plan import InitPlan
 from fabriclite.birth.verify import Parts
 from fabriclite.errors import SetupOrderError
 from fabriclite.precision import Precision
+from fabriclite.spread import Spread, Wrapped
 from fabriclite.strategies import _shared
 from fabriclite.strategies.configs import DDPStrategy
 from fabriclite.strategy import Finish, Strategy
@@ -107,6 +108,17 @@ class DDP(Strategy):
     @override
     def hand_out(self, engine: nn.Module) -> None:
         pass
+
+    @override
+    def spread(self, engine: nn.Module) -> Spread:
+        mesh = {"data": self.world.size}
+        name = type(self.user_module(engine)).__name__
+        if not isinstance(engine, DistributedDataParallel):
+            return Spread(mesh=mesh, wrapped=(Wrapped(how="replica", what=f"{name}, nothing to average"),))
+        sizes = _torch.ddp_bucket_bytes(engine)
+        most = max(sizes, default=0) / 2**20
+        buckets = Wrapped(how="gradients", what=f"bucket of at most {most:.3g} MiB", count=len(sizes))
+        return Spread(mesh=mesh, wrapped=(Wrapped(how="DDP", what=name), buckets))
 
     @override
     def autocast(self) -> AbstractContextManager[Any]:

@@ -23,7 +23,9 @@ from fabriclite.errors import ConfigError, SetupOrderError
 from fabriclite.launch.environment import prepare_for_deepspeed
 from fabriclite.optim_state import OptimizerLayout
 from fabriclite.precision import Precision
+from fabriclite.spread import Spread, Wrapped
 from fabriclite.strategies import _shared, _zero, _zero_state
+from fabriclite.strategies._zero_optimizer import EngineOptimizer
 from fabriclite.strategies.configs import DeepSpeedStrategy
 from fabriclite.strategy import Finish, Strategy
 from fabriclite.world import World
@@ -120,6 +122,14 @@ class DeepSpeed(Strategy):
     @override
     def hand_out(self, engine: nn.Module) -> None:
         pass
+
+    @override
+    def spread(self, engine: nn.Module) -> Spread:
+        mesh = {"data": self.world.size}
+        name = type(self.user_module(engine)).__name__
+        if engine not in self.engines:
+            return Spread(mesh=mesh, wrapped=(Wrapped(how="replica", what=f"{name}, without an optimizer"),))
+        return Spread(mesh=mesh, wrapped=(Wrapped(how=f"ZeRO stage {self.config.stage}", what=name),))
 
     @override
     def autocast(self) -> AbstractContextManager[Any]:
@@ -233,51 +243,6 @@ class DeepSpeed(Strategy):
     @override
     def sampler_shard(self) -> tuple[int, int]:
         return self.world.size, self.world.rank
-
-
-class EngineOptimizer(Optimizer):
-    """Steps through a DeepSpeed engine. Shares groups and state with the optimizer it was made from, so that learning
-    rates can be set and scheduled on either.
-
-    Args:
-        engine: a ``DeepSpeedEngine``.
-        base: the user's optimizer inside it.
-        unstepped: see :class:`DeepSpeed`.
-    """
-
-    def __init__(self, engine: Any, base: Optimizer, unstepped: "WeakSet[nn.Module]") -> None:
-        super().__init__([torch.zeros(0)], dict(base.defaults))
-        self.engine = engine
-        self.base = base
-        self.unstepped = unstepped
-        self.param_groups = base.param_groups
-        self.state = base.state
-
-    @override
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        if closure is not None:
-            raise ConfigError("`closure` must be None with DeepSpeedStrategy, but one was given. Call backward first.")
-        self.engine.step()
-        self.unstepped.discard(self.engine)
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        raise ConfigError(
-            "The state of an optimizer under DeepSpeedStrategy must be saved with its engine, but `state_dict` was"
-            " called. Use fabric.save(path, {'optimizer': optimizer})."
-        )
-
-    @override
-    def load_state_dict(self, state_dict: Any) -> None:
-        raise ConfigError(
-            "The state of an optimizer under DeepSpeedStrategy must be loaded with its engine, but"
-            " `load_state_dict` was called. Use fabric.load(path, {'optimizer': optimizer})."
-        )
-
-    @override
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.engine.optimizer.zero_grad()
-        self.unstepped.discard(self.engine)
 
 
 def _check_dtypes(module: nn.Module) -> None:

@@ -18,6 +18,7 @@ from fabriclite.birth.births import Births
 from fabriclite.birth.plan import InitPlan
 from fabriclite.birth.verify import Parts
 from fabriclite.precision import Precision
+from fabriclite.spread import Spread
 from fabriclite.strategies import _fully_shard, _shared
 from fabriclite.strategies.configs import FSDPStrategy
 from fabriclite.strategy import Finish, Strategy
@@ -92,6 +93,10 @@ class FSDP(Strategy):
     @override
     def hand_out(self, engine: nn.Module) -> None:
         _fully_shard.show_shards(engine)
+
+    @override
+    def spread(self, engine: nn.Module) -> Spread:
+        return Spread(mesh=_shared.axes(self.mesh), wrapped=_fully_shard.groups(engine))
 
     @override
     def autocast(self) -> AbstractContextManager[Any]:

@@ -16,6 +16,7 @@ from fabriclite.birth.births import Births
 from fabriclite.birth.plan import InitPlan
 from fabriclite.birth.verify import Parts
 from fabriclite.precision import Precision
+from fabriclite.spread import Spread
 from fabriclite.strategies import _shared
 from fabriclite.strategy import Finish, Strategy
 from fabriclite.world import World
@@ -63,6 +64,10 @@ class SingleDevice(Strategy):
     @override
     def hand_out(self, engine: nn.Module) -> None:
         pass
+
+    @override
+    def spread(self, engine: nn.Module) -> Spread:
+        return Spread()
 
     @override
     def autocast(self) -> AbstractContextManager[Any]:

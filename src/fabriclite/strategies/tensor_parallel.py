@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, final
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import parallelize_module
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -23,6 +23,7 @@ from fabriclite.birth.verify import Parts
 from fabriclite.birth.watch import watched
 from fabriclite.errors import ConfigError
 from fabriclite.precision import Precision
+from fabriclite.spread import Spread
 from fabriclite.strategies import _fully_shard, _shared, tp_plan
 from fabriclite.strategies.configs import ModelParallelStrategy
 from fabriclite.strategy import Finish, Strategy
@@ -43,6 +44,8 @@ class TensorParallel(Strategy):
     scaler: GradScaler
     mesh: DeviceMesh
     paused: "WeakSet[nn.Module]"
+    styles: "WeakKeyDictionary[nn.Module, Mapping[str, ParallelStyle]]"
+    """Of each module, which of its parts a plan split, and how."""
 
     @classmethod
     def make(cls, config: ModelParallelStrategy, world: World, precision: Precision) -> Self:
@@ -56,6 +59,7 @@ class TensorParallel(Strategy):
             scaler=_shared.make_scaler(world, precision),
             mesh=mesh,
             paused=WeakSet(),
+            styles=WeakKeyDictionary(),
         )
 
     @override
@@ -106,6 +110,7 @@ class TensorParallel(Strategy):
             tp_plan.check_even(module, styles, self.mesh.size(1))
             for name, style in styles.items():
                 parallelize_module(module.get_submodule(name), self.mesh["tensor_parallel"], style)
+            self.styles[module] = styles
         return module
 
     def _same_random_stream(self) -> None:
@@ -131,6 +136,11 @@ class TensorParallel(Strategy):
     @override
     def hand_out(self, engine: nn.Module) -> None:
         _fully_shard.show_shards(engine)
+
+    @override
+    def spread(self, engine: nn.Module) -> Spread:
+        split = tp_plan.splits(engine, self.styles.get(engine, {}))
+        return Spread(mesh=_shared.axes(self.mesh), wrapped=(*split, *_fully_shard.groups(engine)))
 
     @override
     def autocast(self) -> AbstractContextManager[Any]:

@@ -1,11 +1,12 @@
 """A tensor-parallel plan: where it comes from, what its words mean, which modules it names."""
 
+from collections import Counter
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Final
 
 from torch import nn
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -14,6 +15,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from fabriclite.errors import ConfigError
+from fabriclite.spread import Wrapped
 
 STYLES: Final = (
     "colwise",
@@ -136,3 +138,19 @@ def tied_names(module: nn.Module) -> list[list[str]]:
     for name, param in module.named_parameters(remove_duplicate=False):
         places.setdefault(id(param), []).append(name)
     return [names for names in places.values() if len(names) > 1]
+
+
+def splits(module: nn.Module, styles: Mapping[str, ParallelStyle]) -> tuple[Wrapped, ...]:
+    """What was split over tensor parallel: by style and class; where a function did it, by how parameters lie."""
+    if styles:
+        found = Counter((type(s).__name__, type(module.get_submodule(name)).__name__) for name, s in styles.items())
+        return tuple(Wrapped(how=how, what=what, count=count) for (how, what), count in found.items())
+    split = Counter(how for p in module.parameters() if (how := _split_of(p)))
+    return tuple(Wrapped(how=f"split {how}", what="parameters", count=count) for how, count in split.items())
+
+
+def _split_of(param: object) -> str:
+    """How a parameter is cut over tensor parallel; ``""``: not at all."""
+    if not isinstance(param, DTensor) or (param.device_mesh.mesh_dim_names or ("",))[-1] != "tensor_parallel":
+        return ""
+    return str(param.placements[-1]) if param.placements[-1].is_shard() else ""

@@ -63,6 +63,8 @@ class Watch:
         """How the process ends that is a rank and a starter as well."""
         self.before_meeting: Callable[[Failure], None] | None = None
         """How others learn of a failure while there is no board."""
+        self.closers: list[Callable[[], None]] = []
+        """What is open and loses its last lines otherwise; called once, if a failure ends this process."""
         self.exit_handlers = True
         """Whether what ``atexit`` holds is run when this rank fails."""
         self.left = False
@@ -274,6 +276,7 @@ class Watch:
         self._end_stopped()
         if threading.current_thread() is not threading.main_thread() and told.own is not None:
             handled.wait(max(0.0, begun + _HANDLERS_S - time.monotonic()))
+        self.close_what_is_open()
         if self.finish is not None:
             self.finish()
         if self.server is not None:
@@ -285,6 +288,20 @@ class Watch:
             print(f"fabriclite: {text}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
+
+    def close_what_is_open(self) -> None:
+        """Call :attr:`closers`, in a thread of their own: one that hangs does not keep this process from its end."""
+        closers, self.closers = self.closers, []
+
+        def close() -> None:
+            for closer in closers:
+                with suppress(Exception):
+                    closer()
+
+        if closers:
+            thread = threading.Thread(target=close, daemon=True)
+            thread.start()
+            thread.join(_HANDLERS_S)
 
     def _text(self, told: Told, first: Failure) -> str:
         """What this process prints: the page, or nothing."""
