@@ -22,7 +22,7 @@ from fabriclite import (
 from fabriclite.layout import Layout
 from fabriclite.planning.hardware import LINKS, Hardware, parse_bandwidth, parse_bytes
 from fabriclite.planning.static import MOMENTS, moments, states
-from fabriclite.planning.traffic import Axis, Group, of_data_parallelism, timed, to_host
+from fabriclite.planning.traffic import Axis, Parcel, of_data_parallelism, timed, to_host
 from fabriclite.planning.values import Traffic
 
 GB = 10**9
@@ -160,10 +160,10 @@ def test_optimizers_keep_what_the_table_says() -> None:
 # -- traffic ---------------------------------------------------------------------------------------------------------
 
 
-def groups(numel: int = 1000, count: int = 2, dtype: torch.dtype = torch.bfloat16) -> list[Group]:
-    """``count`` blocks, and a root a tenth as large."""
-    sizes = [(numel, False)] * count + [(numel // 10, True)]
-    return [Group({dtype: size}, {dtype: size}, root) for size, root in sizes]
+def parcels(dtype: torch.dtype = torch.bfloat16, wire: torch.dtype | None = None) -> list[Parcel]:
+    """Two blocks, and a root a tenth as large."""
+    sizes = [(1000, False), (1000, False), (100, True)]
+    return [Parcel({dtype: size}, {dtype: size}, root, wire) for size, root in sizes]
 
 
 def sent(traffic: list[Traffic]) -> int:
@@ -173,7 +173,7 @@ def sent(traffic: list[Traffic]) -> int:
 def test_volumes_are_those_of_the_zero_paper() -> None:
     """Section 7 of the ZeRO paper: data parallelism and stages 1 and 2 send 2 Psi elements, stage 3 sends 3 Psi."""
     psi = 2 * 10**9
-    whole = [Group({torch.bfloat16: psi}, {torch.bfloat16: psi})]
+    whole = [Parcel({torch.bfloat16: psi}, {torch.bfloat16: psi})]
     for config, times in (
         (DDPStrategy(), 2),
         (DeepSpeedStrategy(stage=1), 2),
@@ -188,7 +188,7 @@ def test_volumes_are_those_of_the_zero_paper() -> None:
 
 
 def test_the_root_of_fsdp_is_gathered_once() -> None:
-    found = {t.what: t for t in of_data_parallelism(groups(), layout(FSDPStrategy(), 4), 4)}
+    found = {t.what: t for t in of_data_parallelism(parcels(), layout(FSDPStrategy(), 4), 4)}
     assert found["all-gather of parameters in forward"].bytes == 2100 * 2 * 3 // 4
     assert found["all-gather of parameters in forward"].calls == 3
     assert found["all-gather of parameters in backward"].bytes == 2000 * 2 * 3 // 4
@@ -197,14 +197,14 @@ def test_the_root_of_fsdp_is_gathered_once() -> None:
 
 
 def test_mixed_precision_gathers_in_16_bits_and_reduces_in_float32() -> None:
-    found = of_data_parallelism(groups(dtype=torch.float32), layout(FSDPStrategy(), 2, "bf16-mixed"), 2)
+    found = of_data_parallelism(parcels(torch.float32, torch.bfloat16), layout(FSDPStrategy(), 2, "bf16-mixed"), 2)
     by_name = {t.what: t.bytes for t in found}
     assert by_name["all-gather of parameters in forward"] == 2100 * 2 // 2
     assert by_name["reduce-scatter of gradients"] == 2100 * 4 // 2
 
 
 def test_hybrid_sharding_gathers_inside_a_node_and_reduces_between_them() -> None:
-    found = of_data_parallelism(groups(), layout(FSDPStrategy(device_mesh=(4, 8)), 32), 8)
+    found = of_data_parallelism(parcels(), layout(FSDPStrategy(device_mesh=(4, 8)), 32), 8)
     gathers = [t for t in found if "all-gather" in t.what]
     assert {t.link for t in gathers} == {"node"}
     (between,) = [t for t in found if t.link == "network"]
@@ -221,20 +221,20 @@ def test_the_shares_of_links_are_one(size: int, stride: int, per_node: int) -> N
 
 def test_one_rank_sends_nothing_and_frozen_parameters_no_gradient() -> None:
     for config in (SingleDeviceStrategy(), DDPStrategy(), FSDPStrategy(), DeepSpeedStrategy()):
-        assert sent(of_data_parallelism(groups(), layout(config, 1), 8)) == 0
-    frozen = [Group({torch.bfloat16: 100}, {})]
+        assert sent(of_data_parallelism(parcels(), layout(config, 1), 8)) == 0
+    frozen = [Parcel({torch.bfloat16: 100}, {})]
     assert sent(of_data_parallelism(frozen, layout(DDPStrategy(), 8), 8)) == 0
     assert sent(of_data_parallelism(frozen, layout(FSDPStrategy(reshard_after_forward=False), 2), 8)) == 100
 
 
 def test_offloading_goes_over_the_host_s_link() -> None:
-    found = {t.what: t for t in to_host(groups(), layout(FSDPStrategy(cpu_offload=True), 4))}
+    found = {t.what: t for t in to_host(parcels(), layout(FSDPStrategy(cpu_offload=True), 4))}
     assert {t.link for t in found.values()} == {"host"}
     assert found["offloaded parameters"].bytes == (2100 + 2000) * 2 // 4
     assert found["offloaded gradients"].bytes == 2100 * 2 // 4
-    stepped = {t.what: t.bytes for t in to_host(groups(), layout(DeepSpeedStrategy(stage=2, offload_optimizer=True), 4))}
+    stepped = {t.what: t.bytes for t in to_host(parcels(), layout(DeepSpeedStrategy(stage=2, offload_optimizer=True), 4))}
     assert stepped == {"offloaded gradients": 1050, "stepped parameters": 1050}
-    assert to_host(groups(), layout(FSDPStrategy(), 4)) == []
+    assert to_host(parcels(), layout(FSDPStrategy(), 4)) == []
 
 
 def test_seconds_follow_from_bandwidths_that_are_given() -> None:

@@ -5,7 +5,7 @@ reduce-scattered, and twice that to all-reduce. Neighbours in a ring are on one 
 ranks of a ring on each machine (and as many rings, one to a network adapter) one message of ``k`` leaves it.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
@@ -15,24 +15,25 @@ from fabriclite.layout import Layout, Link
 from fabriclite.planning.hardware import Hardware
 from fabriclite.planning.values import Traffic
 
-_Part = Callable[["Group"], Mapping[torch.dtype, int]]
 Pattern = Literal["all-gather", "reduce-scatter", "all-reduce"]
 _ROUNDS: Final[Mapping[Pattern, int]] = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class Parcel:
     """Parameters that travel together.
 
     Attributes:
         elements: how many, on one rank of tensor parallelism, by dtype at rest.
         trainable: of them, how many get gradients, by dtype.
         root: whether it is what no other group took.
+        wire: floating-point numbers are gathered in it; ``None``: in that which they have at rest.
     """
 
     elements: Mapping[torch.dtype, int]
     trainable: Mapping[torch.dtype, int]
     root: bool = False
+    wire: torch.dtype | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +72,14 @@ def collective(pattern: Pattern, of: str, size: int, calls: int, axis: Axis, ran
     return [Traffic(f"{pattern} of {of}", link, round(sent * share), calls) for link, share in shares.items()]
 
 
-def of_data_parallelism(groups: Sequence[Group], layout: Layout, ranks_per_node: int) -> list[Traffic]:
+def of_data_parallelism(parcels: Sequence[Parcel], layout: Layout, ranks_per_node: int) -> list[Traffic]:
     """What travels so that all ranks step the same model, offloading included. Buffers that DDP sends are left out."""
     axis = axes(layout)
     found: list[Traffic] = []
     if layout.gathers:
-        found += _gathered(groups, layout, axis["shard"], ranks_per_node)
+        found += _gathered(parcels, layout, axis["shard"], ranks_per_node)
     shards = layout.shards_optimizer and layout.shard > 1
-    gradients, calls = _gradients(groups, layout), _gradient_calls(groups, layout)
+    gradients, calls = _gradients(parcels, layout), _gradient_calls(parcels, layout)
     if shards:
         found += collective("reduce-scatter", "gradients", gradients, calls, axis["shard"], ranks_per_node)
     else:
@@ -88,23 +89,20 @@ def of_data_parallelism(groups: Sequence[Group], layout: Layout, ranks_per_node:
         part = -(-gradients // layout.shard)
         found += collective("all-reduce", "gradients' shards", part, calls, axis["replicate"], ranks_per_node)
     if not layout.gathers:
-        whole = _size(groups, lambda group: group.trainable, None)
-        found += collective("all-gather", "stepped parameters", whole, calls, axis["shard"], ranks_per_node)
+        found += collective("all-gather", "stepped parameters", _learned(parcels), calls, axis["shard"], ranks_per_node)
     return found
 
 
-def to_host(groups: Sequence[Group], layout: Layout) -> list[Traffic]:
+def to_host(parcels: Sequence[Parcel], layout: Layout) -> list[Traffic]:
     """What offloading moves between a device and its host."""
-    gradients = _size(groups, lambda group: group.trainable, None) // layout.shard
-    stepped = [Traffic("offloaded gradients", "host", gradients, len(groups))]
+    gradients = _learned(parcels) // layout.shard
+    stepped = [Traffic("offloaded gradients", "host", gradients, len(parcels))]
     if layout.parameters_on_host:
-        times = _gathers(groups, layout)
-        moved = sum(
-            n * _size([group], lambda group: group.elements, None) for n, group in zip(times, groups, strict=True)
-        )
+        times = _gathers(parcels, layout)
+        moved = sum(n * _size(parcel.elements, None) for n, parcel in zip(times, parcels, strict=True))
         return [Traffic("offloaded parameters", "host", moved // layout.shard, sum(times)), *stepped]
     if layout.optimizer_on_host:
-        return [*stepped, Traffic("stepped parameters", "host", gradients, len(groups))]
+        return [*stepped, Traffic("stepped parameters", "host", gradients, len(parcels))]
     return []
 
 
@@ -118,40 +116,41 @@ def timed(traffic: Iterable[Traffic], hardware: Hardware) -> tuple[Traffic, ...]
     return tuple(replace(item, seconds=seconds(item)) for item in traffic)
 
 
-def _gathered(groups: Sequence[Group], layout: Layout, axis: Axis, ranks_per_node: int) -> list[Traffic]:
-    times = _gathers(groups, layout)
-    dtype = None if layout.param_dtype == layout.compute_dtype else layout.compute_dtype
-    again = [group for group, n in zip(groups, times, strict=True) if n > 1]
+def _gathered(parcels: Sequence[Parcel], layout: Layout, axis: Axis, ranks_per_node: int) -> list[Traffic]:
+    again = [parcel for parcel, times in zip(parcels, _gathers(parcels, layout), strict=True) if times > 1]
 
-    def once(of: Sequence[Group], when: str) -> list[Traffic]:
-        size = _size(of, lambda group: group.elements, dtype)
+    def once(of: Sequence[Parcel], when: str) -> list[Traffic]:
+        size = sum(_size(parcel.elements, parcel.wire) for parcel in of)
         return collective("all-gather", f"parameters in {when}", size, len(of), axis, ranks_per_node)
 
-    return once(groups, "forward") + once(again, "backward")
+    return once(parcels, "forward") + once(again, "backward")
 
 
-def _gathers(groups: Sequence[Group], layout: Layout) -> list[int]:
+def _gathers(parcels: Sequence[Parcel], layout: Layout) -> list[int]:
     """How often each group is gathered in a step: FSDP keeps the root after forward unless it is told not to."""
     resharded = layout.reshard_after_forward
-    return [2 if (not group.root if resharded is None else resharded) else 1 for group in groups]
+    return [2 if (not parcel.root if resharded is None else resharded) else 1 for parcel in parcels]
 
 
-def _gradients(groups: Sequence[Group], layout: Layout) -> int:
-    """Bytes of all gradients as they travel: in ``reduce_dtype`` where they are made in 16 bits, else their own."""
+def _gradients(parcels: Sequence[Parcel], layout: Layout) -> int:
+    """Bytes of all gradients as they travel: in ``reduce_dtype`` where it is another than that of parameters."""
     dtype = None if layout.param_dtype == layout.reduce_dtype else layout.reduce_dtype
-    return _size(groups, lambda group: group.trainable, dtype)
+    return sum(_size(parcel.trainable, dtype) for parcel in parcels)
 
 
-def _gradient_calls(groups: Sequence[Group], layout: Layout) -> int:
+def _gradient_calls(parcels: Sequence[Parcel], layout: Layout) -> int:
     if layout.gathers or not layout.bucket_bytes:
-        return sum(1 for group in groups if sum(group.trainable.values()))
-    return -(-_size(groups, lambda group: group.trainable, None) // layout.bucket_bytes)
+        return sum(1 for parcel in parcels if sum(parcel.trainable.values()))
+    return -(-_learned(parcels) // layout.bucket_bytes)
 
 
-def _size(groups: Sequence[Group], part: _Part, dtype: torch.dtype | None) -> int:
-    """Bytes of a part of the groups; floating-point numbers in ``dtype`` if one is given."""
+def _learned(parcels: Sequence[Parcel]) -> int:
+    """Bytes of what gets gradients, at rest."""
+    return sum(_size(parcel.trainable, None) for parcel in parcels)
+
+
+def _size(elements: Mapping[torch.dtype, int], dtype: torch.dtype | None) -> int:
+    """Bytes; floating-point numbers in ``dtype`` if one is given."""
     return sum(
-        n * (own if dtype is None or not own.is_floating_point else dtype).itemsize
-        for group in groups
-        for own, n in part(group).items()
+        n * (own if dtype is None or not own.is_floating_point else dtype).itemsize for own, n in elements.items()
     )

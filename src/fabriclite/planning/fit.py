@@ -1,0 +1,46 @@
+"""The largest size that fits, with as few looks as can be: each is a trace of the model."""
+
+from collections.abc import Callable
+
+
+def largest(peak: Callable[[int], int], memory: int, unit: int = 1, limit: int = 2**24) -> int | None:
+    """The largest multiple of ``unit`` whose peak is at most ``memory``.
+
+    The peak is taken to grow with the size. Between a size that fits and one that does not, the next look is where a
+    straight line between their peaks crosses ``memory``.
+
+    Args:
+        peak: bytes at a size.
+        memory: bytes that there are.
+        unit: sizes are multiples of it.
+        limit: no larger size is looked at.
+
+    Returns:
+        ``None`` if not even ``unit`` fits.
+    """
+    seen: dict[int, int] = {}
+
+    def look(count: int) -> int:
+        return seen.setdefault(count, peak(count * unit))
+
+    if look(1) > memory:
+        return None
+    low, high = 1, 2
+    most = max(1, limit // unit)
+    while high <= most and look(high) <= memory:
+        below, low = low, high
+        rise = (seen[low] - seen[below]) / (low - below)
+        reach = low + int((memory - seen[low]) / rise) if rise > 0 else most
+        high = min(max(reach + 1, low + 1), low * 16)
+    high = min(high, most + 1)
+    while high - low > 1:
+        rise = (seen[high] - seen[low]) / (high - low) if high in seen else 0
+        guess = low + int((memory - seen[low]) / rise) if rise > 0 else (low + high) // 2
+        guess = min(max(guess, low + 1), high - 1)
+        if look(guess) <= memory:
+            low = guess
+            if low + 1 < high and look(low + 1) > memory:
+                high = low + 1
+        else:
+            high = guess
+    return low * unit

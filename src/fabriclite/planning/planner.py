@@ -1,0 +1,110 @@
+"""Estimates of one model under many layouts. What they share, the traces, is made once."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from fabriclite import arguments, seed
+from fabriclite.layout import Layout
+from fabriclite.planning import advice, products
+from fabriclite.planning.cost import bound
+from fabriclite.planning.estimate import estimate
+from fabriclite.planning.hardware import Hardware
+from fabriclite.planning.models import Model
+from fabriclite.planning.plan import Choice, Plan
+from fabriclite.planning.subject import Subject
+from fabriclite.planning.trace import Trace, Weight
+from fabriclite.planning.tracing import MakeOptimizer, trace
+from fabriclite.planning.traffic import Parcel, of_data_parallelism, timed, to_host
+
+
+@dataclass(slots=True, kw_only=True)
+class Planner:
+    """Plans one model on one set of devices.
+
+    Attributes:
+        model: what is trained.
+        optimizer: makes one of parameters.
+        optimizer_name: for people.
+        world_size: processes.
+        ranks_per_node: of them on one machine.
+        hardware: what they run on.
+        device: type of the devices, ``"cpu"`` or ``"cuda"``.
+    """
+
+    model: Model
+    optimizer: MakeOptimizer
+    optimizer_name: str
+    world_size: int
+    ranks_per_node: int
+    hardware: Hardware
+    device: str
+    _traces: dict[tuple[object, ...], Trace] = field(default_factory=dict)
+
+    def plan(self, choice: Choice) -> Plan:
+        """What ``choice`` costs.
+
+        Raises:
+            ConfigError: it cannot be meant, of this model or on so many devices.
+        """
+        config, precision = choice.config, choice.precision
+        arguments.check_precision(precision, config)
+        config.check_world(self.world_size)
+        layout = config.layout(self.world_size, precision)
+        subject = self.model.recomputing if choice.checkpointing else self.model.plain
+        traced = self._trace(subject, choice, layout.tensor)
+        size, per_node = self.world_size, self.ranks_per_node
+        made = estimate(traced, config, world_size=size, ranks_per_node=per_node, precision=precision)
+        parcels, recomputed = parcels_of(traced, layout), subject.recomputed(traced.skeleton)
+        sent = of_data_parallelism(parcels, layout, per_node) + to_host(parcels, layout)
+        sent += products.traffic(traced, config, layout, per_node, recomputed)
+        made = replace(made, traffic=timed(sent, self.hardware))
+        said = advice.notes(made, layout, self.hardware, products.unread(traced, config, layout))
+        made = replace(made, notes=(*made.notes, *said))
+        return Plan(
+            choice=choice,
+            layout=layout,
+            estimate=made,
+            bound=bound(made, self.hardware),
+            hardware=self.hardware,
+            optimizer=self.optimizer_name,
+        )
+
+    def _trace(self, subject: Subject, choice: Choice, tensor: int) -> Trace:
+        split = choice.config if tensor > 1 else None
+        key = (choice.precision, choice.batch, choice.sequence, choice.checkpointing, tensor, repr(split))
+        if key not in self._traces:
+            with seed.seeded(0):
+                self._traces[key] = trace(
+                    subject,
+                    batch=choice.batch,
+                    sequence=choice.sequence,
+                    precision=choice.precision,
+                    optimizer=self.optimizer,
+                    tensor=tensor,
+                    config=split,
+                    device=self.device,
+                )
+        return self._traces[key]
+
+
+def parcels_of(traced: Trace, layout: Layout) -> list[Parcel]:
+    """What travels together under ``layout``: its groups where it gathers, else the model as one."""
+    weights = traced.named()
+    if not layout.gathers:
+        return [_parcel(list(weights.values()), root=True, wire=None)]
+    return [
+        _parcel([weights[name] for name in group.parameters], root=group.module == "", wire=group.dtype)
+        for group in layout.groups(traced.skeleton)
+    ]
+
+
+def _parcel(weights: Sequence[Weight], root: bool, wire: torch.dtype | None) -> Parcel:
+    elements: Counter[torch.dtype] = Counter()
+    trainable: Counter[torch.dtype] = Counter()
+    for weight in weights:
+        elements[weight.dtype] += weight.numel
+        trainable[weight.dtype] += weight.numel * weight.trainable
+    return Parcel(elements, trainable, root, wire)

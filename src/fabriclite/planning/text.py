@@ -1,0 +1,55 @@
+"""Plans as rows of words, and as plain text."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Table(NamedTuple):
+    """Rows of words under a title. The first column is text, the others are numbers, but where ``prose`` is set."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    prose: bool = False
+
+
+def size(count: float) -> str:
+    """Bytes, in the largest unit of which there is one."""
+    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if abs(count) >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count:.0f} B"
+
+
+def number(count: float) -> str:
+    """A count with the letter of its thousands."""
+    for unit, name in ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(count) >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:.0f}"
+
+
+def seconds(value: float | None) -> str:
+    """A time; nothing where it is not known."""
+    if value is None:
+        return ""
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.2f} ms"
+
+
+def plain(tables: Sequence[Table]) -> str:
+    """All of them, aligned by spaces."""
+    return "\n\n".join(_plain(table) for table in tables if table.rows)
+
+
+def _plain(table: Table) -> str:
+    if table.prose:
+        return "\n".join([table.title, *(f"  {' '.join(row)}" for row in table.rows)])
+    rows = [table.head, *table.rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(table.head))]
+    lines = ["  ".join(_cells(row, widths)).rstrip() for row in rows]
+    return "\n".join([table.title, *(f"  {line}" for line in lines)])
+
+
+def _cells(row: tuple[str, ...], widths: Sequence[int]) -> list[str]:
+    first, *others = (cell.ljust(width) if n == 0 else cell.rjust(width) for n, (cell, width) in enumerate(zip(row, widths, strict=True)))
+    return [first, *others]
