@@ -1,9 +1,30 @@
 """How one strategy spreads a model over a world, as numbers: what planning has to know of it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Parameters that are gathered together.
+
+    Attributes:
+        module: at whose forward and backward they are; ``""`` is the root.
+        parameters: their names.
+        dtype: they are gathered in it; ``None``: in that which they have at rest.
+    """
+
+    module: str
+    parameters: tuple[str, ...]
+    dtype: torch.dtype | None = None
+
+
+Groups = Callable[[nn.Module], tuple[Group, ...]]
+"""Chooses the groups of a model: innermost first, the root last, every parameter at most once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +37,7 @@ class Layout:
         tensor: ranks that share one matrix product.
         shards_parameters, shards_gradients, shards_optimizer: what is split over ``shard``.
         gathers: parameters are gathered a group at a time to compute with (FSDP, ZeRO-3).
+        groups: chooses what is gathered together; ``None`` where nothing is.
         reshard_after_forward: gathered groups are freed between forward and backward; ``None``: all but the root.
         bucket_bytes: size of the buffers in which gradients travel, in bytes; 0: none are kept.
         gradients_in_buckets: gradients live in those buffers, and take no memory of their own.
@@ -34,6 +56,7 @@ class Layout:
     shards_gradients: bool = False
     shards_optimizer: bool = False
     gathers: bool = False
+    groups: Groups | None = None
     reshard_after_forward: bool | None = None
     bucket_bytes: int = 0
     gradients_in_buckets: bool = False

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fabriclite.errors import ConfigError
-from fabriclite.layout import Layout
+from fabriclite.layout import Group, Layout
 from fabriclite.precision import NAMES, Precision, PrecisionName
 from fabriclite.strategy import StartMethod, Strategy
 from fabriclite.world import World
@@ -58,6 +58,10 @@ class SingleDeviceStrategy:
 
     def layout(self, size: int, precision: Precision) -> Layout:
         return Layout(**_dtypes(precision))
+
+    def split(self, module: nn.Module, size: int) -> nn.Module:
+        """Splits no matrix products."""
+        return module
 
     def build(self, *, world: World, precision: Precision) -> Strategy:
         from fabriclite.strategies.single import SingleDevice
@@ -124,6 +128,10 @@ class DDPStrategy:
             **_dtypes(precision),
         )
 
+    def split(self, module: nn.Module, size: int) -> nn.Module:
+        """Splits no matrix products."""
+        return module
+
     def build(self, *, world: World, precision: Precision) -> Strategy:
         from fabriclite.strategies.ddp import DDP
 
@@ -188,11 +196,16 @@ class FSDPStrategy:
             shards_gradients=True,
             shards_optimizer=True,
             gathers=True,
+            groups=_FSDPGroups(self.auto_wrap_policy, precision),
             reshard_after_forward=self.reshard_after_forward,
             parameters_on_host=self.cpu_offload,
             optimizer_on_host=self.cpu_offload,
             **_dtypes(precision),
         )
+
+    def split(self, module: nn.Module, size: int) -> nn.Module:
+        """Splits no matrix products."""
+        return module
 
     def build(self, *, world: World, precision: Precision) -> Strategy:
         from fabriclite.strategies.fsdp import FSDP
@@ -288,9 +301,18 @@ class ModelParallelStrategy:
             shards_gradients=data > 1,
             shards_optimizer=data > 1,
             gathers=data > 1,
+            groups=_FSDPGroups(self.auto_wrap_policy, precision) if data > 1 else None,
             reshard_after_forward=self.reshard_after_forward,
             **_dtypes(precision),
         )
+
+    def split(self, module: nn.Module, size: int) -> nn.Module:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        from fabriclite.strategies.tensor_parallel import split
+
+        mesh = init_device_mesh("cpu", (1, size), mesh_dim_names=("data_parallel", "tensor_parallel"))
+        return split(self, module, mesh)
 
     def build(self, *, world: World, precision: Precision) -> Strategy:
         from fabriclite.strategies.tensor_parallel import TensorParallel
@@ -349,10 +371,27 @@ class DeepSpeedStrategy:
             **_dtypes(precision),
         )
 
+    def split(self, module: nn.Module, size: int) -> nn.Module:
+        """Splits no matrix products."""
+        return module
+
     def build(self, *, world: World, precision: Precision) -> Strategy:
         from fabriclite.strategies.deepspeed import DeepSpeed
 
         return DeepSpeed.make(self, world, precision)
+
+
+@dataclass(frozen=True, slots=True)
+class _FSDPGroups:
+    """Which parameters FSDP gathers together."""
+
+    policy: WrapPolicy
+    precision: Precision
+
+    def __call__(self, module: nn.Module) -> tuple[Group, ...]:
+        from fabriclite.strategies._fully_shard import groups
+
+        return groups(module, self.precision, self.policy)
 
 
 def _dtypes(precision: Precision) -> "_Dtypes":

@@ -73,9 +73,7 @@ class TensorParallel(Strategy):
         same = _shared.agree(births, self.world)
         _shared.same_on_all_ranks(module, self.world)
         self._same_random_stream()
-        ties = tp_plan.tied_names(module)
-        module = self._parallelize(module)
-        _retie(module, ties)
+        module = split(self.config, module, self.mesh)
         shard = self.mesh.size(0) > 1 and not _fully_shard.is_sharded(module)
         if shard:
             _fully_shard.apply(
@@ -90,23 +88,6 @@ class TensorParallel(Strategy):
         if shard:
             _fully_shard.make_root(module, self.mesh["data_parallel"], self.paused)
         return module, list(optimizers)
-
-    def _parallelize(self, module: nn.Module) -> nn.Module:
-        if self.config.parallelize_fn is not None:
-            with watched():
-                result = self.config.parallelize_fn(module, self.mesh)
-            if not isinstance(result, nn.Module):
-                raise ConfigError(
-                    f"`parallelize_fn` must return the module, but returned {type(result).__name__}. Add a return."
-                )
-            return result
-        plan = self.config.plan if self.config.plan is not None else tp_plan.carried_by(module)
-        styles = tp_plan.expand(module, plan)
-        if self.mesh.size(1) > 1:
-            tp_plan.check_even(module, styles, self.mesh.size(1))
-            for name, style in styles.items():
-                parallelize_module(module.get_submodule(name), self.mesh["tensor_parallel"], style)
-        return module
 
     def _same_random_stream(self) -> None:
         """Ranks that share one product must draw the same dropout masks, whatever each was seeded with."""
@@ -202,6 +183,36 @@ class TensorParallel(Strategy):
     @override
     def sampler_shard(self) -> tuple[int, int]:
         return self.mesh.size(0), self.mesh.get_local_rank("data_parallel")
+
+
+def split(config: ModelParallelStrategy, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Split matrix products of ``module`` over the axis ``"tensor_parallel"`` of ``mesh``. Every rank must call this.
+
+    Raises:
+        ConfigError: the plan fits the module not, or ``parallelize_fn`` returned something else.
+    """
+    ties = tp_plan.tied_names(module)
+    module = _parallelize(config, module, mesh)
+    _retie(module, ties)
+    return module
+
+
+def _parallelize(config: ModelParallelStrategy, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    if config.parallelize_fn is not None:
+        with watched():
+            result = config.parallelize_fn(module, mesh)
+        if not isinstance(result, nn.Module):
+            raise ConfigError(
+                f"`parallelize_fn` must return the module, but returned {type(result).__name__}. Add a return."
+            )
+        return result
+    plan = config.plan if config.plan is not None else tp_plan.carried_by(module)
+    styles = tp_plan.expand(module, plan)
+    if mesh.size(1) > 1:
+        tp_plan.check_even(module, styles, mesh.size(1))
+        for name, style in styles.items():
+            parallelize_module(module.get_submodule(name), mesh["tensor_parallel"], style)
+    return module
 
 
 def _retie(module: nn.Module, ties: list[list[str]]) -> None:
