@@ -58,9 +58,7 @@ def _run(fabric: Fabric, name: str, part: Any) -> None:
     del module
     loss_of = subject.loss or default_loss
     for step in range(STEPS):
-        args, kwargs = torch.utils._pytree.tree_map(
-            lambda leaf: leaf.to(fabric.device), subject.inputs(BATCH, CONTEXT)
-        )
+        args, kwargs = torch.utils._pytree.tree_map(lambda leaf: leaf.to(fabric.device), subject.inputs(BATCH, CONTEXT))
         with part(f"forward {step}"):
             loss = loss_of(model(*args, **kwargs))
         with part(f"backward {step}"):

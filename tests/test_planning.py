@@ -232,7 +232,9 @@ def test_offloading_goes_over_the_host_s_link() -> None:
     assert {t.link for t in found.values()} == {"host"}
     assert found["offloaded parameters"].bytes == (2100 + 2000) * 2 // 4
     assert found["offloaded gradients"].bytes == 2100 * 2 // 4
-    stepped = {t.what: t.bytes for t in to_host(parcels(), layout(DeepSpeedStrategy(stage=2, offload_optimizer=True), 4))}
+    stepped = {
+        t.what: t.bytes for t in to_host(parcels(), layout(DeepSpeedStrategy(stage=2, offload_optimizer=True), 4))
+    }
     assert stepped == {"offloaded gradients": 1050, "stepped parameters": 1050}
     assert to_host(parcels(), layout(FSDPStrategy(), 4)) == []
 
@@ -267,5 +269,5 @@ def test_a_bandwidth_must_be_one(text: str) -> None:
 
 
 def test_an_optimizer_must_be_known() -> None:
-    with pytest.raises(ConfigError, match="`optimizer` must be one of adam, .*, but is 'lamb'"):
+    with pytest.raises(ConfigError, match=r"`optimizer` must be one of adam, .*, but is 'lamb'"):
         moments("lamb")

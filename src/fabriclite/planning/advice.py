@@ -10,17 +10,10 @@ from fabriclite.planning.values import Estimate
 
 def notes(estimate: Estimate, layout: Layout, hardware: Hardware, unread: bool) -> tuple[str, ...]:
     """Advice on one estimate. ``unread``: tensor parallelism sends what was not counted."""
-    found = [*_activations(estimate), *_rule_of_thumb(estimate, hardware), *_states(layout), *_host(estimate)]
+    found = [*_rule_of_thumb(estimate, hardware), *_states(layout), *_host(estimate)]
     if unread:
         found.append("What tensor parallelism sends is not all counted: its plan holds more than columns and rows.")
     return tuple(found)
-
-
-def _activations(estimate: Estimate) -> Iterator[str]:
-    if estimate.by_module:
-        name, held = next(iter(estimate.by_module.items()))
-        total = sum(estimate.by_module.values())
-        yield f"Most activations are held by {name or 'the root'}: {size(held)} of {size(total)} at the end of forward."
 
 
 def _rule_of_thumb(estimate: Estimate, hardware: Hardware) -> Iterator[str]:
@@ -30,8 +23,9 @@ def _rule_of_thumb(estimate: Estimate, hardware: Hardware) -> Iterator[str]:
     left, right = 4 * estimate.parameters / 1e9, hardware.memory / 1e9
     if left >= right:
         yield (
-            f"A rule of thumb of the field asks for lazy initialisation where 4 x billions of parameters ({left:.0f}) is"
-            f" at least the GB of memory ({right:.0f}), as here: make the model in fabric.init_module()."
+            "A rule of thumb of the field asks for lazy initialisation where 4 x billions of parameters"
+            f" ({left:.0f}) is at least the GB of memory ({right:.0f}), as here: make the model in"
+            " fabric.init_module()."
         )
 
 

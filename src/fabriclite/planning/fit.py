@@ -1,6 +1,35 @@
 """The largest size that fits, with as few looks as can be: each is a trace of the model."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Final, Literal
+
+from fabriclite.planning.plan import Choice
+from fabriclite.planning.planner import Planner
+
+_TOKENS: Final = 128
+"""Sequences are looked at in multiples of so many."""
+
+
+def fitted(what: Literal["batch", "sequence"], planner: Planner, choice: Choice) -> Choice:
+    """``choice`` with the largest batch, or the longest sequence in steps of 128 tokens, that fits.
+
+    Args:
+        what: which of the two.
+        planner: its hardware says the memory.
+        choice: the rest of it.
+
+    Returns:
+        With the smallest if none fits.
+    """
+    assert planner.hardware.memory is not None
+    unit = 1 if what == "batch" else _TOKENS
+
+    def at(count: int) -> Choice:
+        return replace(choice, batch=count) if what == "batch" else replace(choice, sequence=count)
+
+    found = largest(lambda count: planner.plan(at(count)).peak, planner.hardware.memory, unit)
+    return at(unit if found is None else found)
 
 
 def largest(peak: Callable[[int], int], memory: int, unit: int = 1, limit: int = 2**24) -> int | None:

@@ -54,6 +54,17 @@ REFERENCE: Final = Hardware(flops=989e12, node=LINKS["nvlink4"], network=LINKS["
 """What layouts are ranked at where nothing was given: H100 SXM, dense bfloat16 (its data sheet), its usual links."""
 
 
+def ranked(hardware: Hardware, memory: int) -> Hardware:
+    """With ``memory``, and with the speeds of ``REFERENCE`` where none is given."""
+    return Hardware(
+        memory=memory,
+        flops=hardware.flops or REFERENCE.flops,
+        node=hardware.node or REFERENCE.node,
+        network=hardware.network or REFERENCE.network,
+        host=hardware.host or REFERENCE.host,
+    )
+
+
 def parse_bytes(text: str | int | float, name: str = "memory") -> int:
     """``"80GB"`` (10**9), ``"80GiB"`` (2**30) or a number of bytes, as bytes.
 
@@ -80,6 +91,18 @@ def parse_bandwidth(text: str | float, name: str) -> float:
     if number is None or number <= 0:
         raise ConfigError(f"`{name}` must be GB/s above 0 or one of {', '.join(LINKS)}, but is {text!r}.")
     return number * 1e9
+
+
+def parse_tflops(text: str | float) -> float:
+    """A number of 10**12 floating-point operations a second, as operations a second.
+
+    Raises:
+        ConfigError: it is none above 0.
+    """
+    number = _number(str(text))
+    if number is None or number <= 0:
+        raise ConfigError(f"`peak_tflops` must be a number above 0, but is {text!r}.")
+    return number * 1e12
 
 
 def _number(text: str) -> float | None:

@@ -5,7 +5,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ from fabriclite.module import FabricModule
 from fabriclite.planning.inputs import Arguments, Inputs, guess, made_by
 from fabriclite.planning.subject import Subject, default_loss
 from fabriclite.strategies.wrapping import repeated_blocks
+from fabriclite.strategy import StrategyConfig
 
 Loss = Callable[[Any], Tensor]
 
@@ -113,7 +114,8 @@ def model_of(model: object, inputs: Any = None, *, loss: Loss | None = None, nam
         raise ConfigError(
             f"`model` must be a torch.nn.Module or a function that returns one, but is {type(model).__name__}."
         )
-    return _model(_Maker(model, name or str(getattr(model, "__name__", type(model).__name__)), inputs, loss))
+    called = str(getattr(model, "__name__", type(model).__name__))
+    return _model(_Maker(model, name or ("model" if called == "<lambda>" else called), inputs, loss))
 
 
 def _model(maker: _Maker) -> Model:
@@ -207,6 +209,26 @@ def _file(word: str) -> str:
     if not Path(word).is_file():
         raise ConfigError(f"{_NO_OBJECT} is {word!r}, and there is no such file.")
     return Path(word).read_text(encoding="utf-8")
+
+
+def configured(config: StrategyConfig, settings: Sequence[str]) -> StrategyConfig:
+    """``config`` with ``key=value`` fields of its own, values in JSON where they can be.
+
+    Raises:
+        ConfigError: it has no such field, or the value has no meaning.
+    """
+    known = sorted(field.name for field in fields(config))  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for word in settings:
+        key, equals, value = word.partition("=")
+        if not equals or key not in known:
+            raise ConfigError(
+                f"`--set` must be KEY=VALUE with a field of {type(config).__name__} ({', '.join(known)}), but is"
+                f" {word!r}."
+            )
+        found = _json_or_text(value)
+        values[key] = tuple(found) if isinstance(found, list) else found
+    return replace(config, **values)  # type: ignore[type-var]
 
 
 def _json_or_text(value: str) -> Any:

@@ -37,13 +37,23 @@ def maker(optimizer: object) -> Maker:
     )
 
 
+def name_of(optimizer: object) -> str:
+    """What people call it."""
+    if optimizer is None:
+        return "AdamW"
+    if isinstance(optimizer, str):
+        return optimizer
+    kind = type(optimizer) if isinstance(optimizer, Optimizer) else optimizer
+    return str(getattr(kind, "__name__", None) or getattr(getattr(kind, "func", None), "__name__", "optimizer"))
+
+
 def _named(name: str) -> Maker:
     if name == "sgd-momentum":
         return functools.partial(torch.optim.SGD, momentum=0.9)
     if ":" in name:
         found: Any = imported(name, "optimizer")
         return maker(found)
-    known = {key.lower(): value for key, value in vars(torch.optim).items() if _is_optimizer(value)}
+    known: dict[str, Maker] = {key.lower(): value for key, value in vars(torch.optim).items() if _is_optimizer(value)}
     if name.lower() not in known:
         raise ConfigError(
             f"`optimizer` must be one of {', '.join(sorted([*known, 'sgd-momentum']))} or package.module:Name, but is"

@@ -1,6 +1,7 @@
 """The answer: what one way to train one model costs one rank. Values, and how they read."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,8 @@ class Plan:
         phase, moment = max(self.estimate.peaks.items(), key=lambda item: item[1].memory.total)
         most = sorted(moment.memory.by_kind.items(), key=lambda item: -item[1])[:2]
         held = ", ".join(f"{kind} {size(count)}" for kind, count in most if count)
-        return (
-            f"{phase} takes {size(moment.memory.total)}, {size(moment.memory.total - self.hardware.memory)} over: {held}"
-        )
+        over = moment.memory.total - self.hardware.memory
+        return f"{phase} takes {size(moment.memory.total)}, {size(over)} too much ({held})"
 
     def to_json(self) -> dict[str, Any]:
         """The estimate, the bound in seconds and whether it fits, as plain dictionaries, lists and numbers."""
@@ -157,9 +157,10 @@ class Plan:
         return f"It fits: one rank holds at most {size(self.peak)} of {size(self.hardware.memory)}."
 
     def _modules(self) -> Table:
-        found = list(self.estimate.by_module.items())[:5]
-        rows = tuple((name or "(root)", size(held)) for name, held in found)
-        return Table("Activations at the end of forward, the modules that hold most", ("module", "held"), rows)
+        found = alike(self.estimate.by_module)
+        rows = tuple((name or "(root)", str(len(each)), size(sum(each))) for name, each in found[:6])
+        head = ("module", "of them", "held together")
+        return Table("Activations at the end of forward, by the module that made them", head, rows)
 
     def _traffic(self) -> Table:
         rows = tuple(
@@ -173,7 +174,10 @@ class Plan:
 
     def _times(self) -> Iterator[tuple[str, str]]:
         if self.bound.compute is not None and self.estimate.flops is not None:
-            yield f"computing {text.number(self.estimate.flops)} operations at the peak", text.seconds(self.bound.compute)
+            yield (
+                f"computing {text.number(self.estimate.flops)} operations at the peak",
+                text.seconds(self.bound.compute),
+            )
         if self.bound.waiting:
             yield "waiting for tensor parallelism", text.seconds(self.bound.waiting)
         for link, value in self.bound.links.items():
@@ -183,6 +187,14 @@ class Plan:
 
     def _notes(self) -> Table:
         return Table("Notes", (), tuple((note,) for note in self.estimate.notes), prose=True)
+
+
+def alike(by_module: Mapping[str, int]) -> list[tuple[str, list[int]]]:
+    """Bytes by name, those of names that differ in numbers together; the largest sum first."""
+    found: dict[str, list[int]] = {}
+    for name, held in by_module.items():
+        found.setdefault(re.sub(r"\b\d+\b", "*", name), []).append(held)
+    return sorted(found.items(), key=lambda item: -sum(item[1]))
 
 
 def code(value: Any) -> str:

@@ -73,8 +73,17 @@ class Planner:
         )
 
     def _trace(self, subject: Subject, choice: Choice, tensor: int) -> Trace:
-        split = choice.config if tensor > 1 else None
-        key = (choice.precision, choice.batch, choice.sequence, choice.checkpointing, tensor, repr(split))
+        split, precision = choice.config if tensor > 1 else None, choice.precision
+        key = (
+            precision.name,
+            precision.param_dtype,
+            precision.compute_dtype,
+            choice.batch,
+            choice.sequence,
+            choice.checkpointing,
+            tensor,
+            repr(split),
+        )
         if key not in self._traces:
             with seed.seeded(0):
                 self._traces[key] = trace(
@@ -93,8 +102,8 @@ class Planner:
 def parcels_of(traced: Trace, layout: Layout) -> list[Parcel]:
     """What travels together under ``layout``: its groups where it gathers, else the model as one."""
     weights = traced.named()
-    if not layout.gathers:
-        return [_parcel(list(weights.values()), root=True, wire=None)]
+    if layout.groups is None:
+        return [_parcel(list(weights.values()), root=False, wire=None)]
     return [
         _parcel([weights[name] for name in group.parameters], root=group.module == "", wire=group.dtype)
         for group in layout.groups(traced.skeleton)

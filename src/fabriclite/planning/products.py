@@ -12,7 +12,9 @@ from fabriclite.planning.traffic import Pattern, axes, collective
 from fabriclite.planning.values import Traffic
 
 
-def traffic(traced: Trace, config: Any, layout: Layout, ranks_per_node: int, recomputed: Sequence[str]) -> list[Traffic]:
+def traffic(
+    traced: Trace, config: Any, layout: Layout, ranks_per_node: int, recomputed: Sequence[str]
+) -> list[Traffic]:
     """Collectives of activations in forward and backward, as torch's styles make them.
 
     Each layer sends by itself: three layers split by columns behind one input reduce its gradient three times. What is

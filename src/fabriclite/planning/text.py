@@ -51,5 +51,8 @@ def _plain(table: Table) -> str:
 
 
 def _cells(row: tuple[str, ...], widths: Sequence[int]) -> list[str]:
-    first, *others = (cell.ljust(width) if n == 0 else cell.rjust(width) for n, (cell, width) in enumerate(zip(row, widths, strict=True)))
+    first, *others = (
+        cell.ljust(width) if n == 0 else cell.rjust(width)
+        for n, (cell, width) in enumerate(zip(row, widths, strict=True))
+    )
     return [first, *others]
