@@ -1,23 +1,27 @@
-"""What set-up and a training step take, from torch's own account of its allocators: nothing of fabriclite measures."""
+"""What set-up and a training step take, as torch's allocators are asked: nothing of fabriclite measures."""
 
-import json
+import ctypes
+import os
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from plan_models import BATCH, CONTEXT, SUBJECTS
+from torch import Tensor
 from torch.optim import AdamW
-from torch.profiler import ProfilerActivity, profile, record_function
 
 from fabriclite import Fabric
 from fabriclite.planning.subject import default_loss
 
 PARTS = ("init", "forward", "backward", "step")
 STEPS = 2
+Part = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,29 +30,76 @@ class Measured:
 
     Attributes:
         peaks: the most that was held, by part; of a step the last one.
-        ends: what was held when a part ended.
-        optimizer: what the first step left behind.
+        resting: what set-up leaves behind.
+        optimizer: what the first step adds to that.
+        gradients: what a backward adds.
     """
 
     peaks: dict[str, int]
-    ends: dict[str, int]
+    resting: int
     optimizer: int
+    gradients: int
+
+
+def counted(program: str, arguments: list[str]) -> None:
+    """Start ``program`` again with the counting allocator in front, unless it is there."""
+    if hasattr(ctypes.CDLL(None), "tensors_held"):
+        return
+    library = Path(tempfile.mkdtemp(prefix="plan-"), "allocations.so")
+    source = Path(__file__).with_name("plan_allocations.c")
+    subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, source, "-ldl", "-lpthread"], check=True, timeout=60)
+    os.environ["LD_PRELOAD"] = str(library)
+    os.execv(sys.executable, [sys.executable, program, *arguments])
 
 
 def measure(fabric: Fabric, name: str) -> Measured | None:
     """Set a model up, train two steps, and say what that took. Every rank must call this."""
     torch.set_num_threads(1)
-    _run(fabric, name, _nothing)  # imports, and what is made once a process
-    measured = _on_cuda(fabric, name) if fabric.device.type == "cuda" else _on_cpu(fabric, name)
-    return measured if fabric.global_rank == 0 else None
+    _run(fabric, name, lambda what: _Counter(fabric.device).part(what))  # imports, and what is made once a process
+    counter = _Counter(fabric.device)
+    _run(fabric, name, counter.part)
+    return counter.measured() if fabric.global_rank == 0 else None
 
 
-@contextmanager
-def _nothing(part: str) -> Iterator[None]:
-    yield
+class _Counter:
+    """Peaks and ends of the parts of a run, in bytes over what was held at the start."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._library: Any = ctypes.CDLL(None)
+        if not self._cuda:
+            self._library.tensors_held.restype = self._library.tensors_peak.restype = ctypes.c_longlong
+        self._base = self._now()
+        self.peaks: dict[str, int] = {}
+        self.ends: dict[str, int] = {}
+
+    def _now(self) -> int:
+        return torch.cuda.memory_allocated() if self._cuda else int(self._library.tensors_held())
+
+    @contextmanager
+    def part(self, what: str) -> Iterator[None]:
+        if self._cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self._library.tensors_rest_peak()
+        yield
+        if self._cuda:
+            torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() if self._cuda else int(self._library.tensors_peak())
+        self.peaks[what], self.ends[what] = peak - self._base, self._now() - self._base
+
+    def measured(self) -> Measured:
+        last = STEPS - 1
+        return Measured(
+            peaks={part: self.peaks[part if part == "init" else f"{part} {last}"] for part in PARTS},
+            resting=self.ends["init"],
+            optimizer=self.ends["zero 0"] - self.ends["init"],
+            gradients=self.ends[f"backward {last}"] - self.ends[f"inputs {last}"],
+        )
 
 
-def _run(fabric: Fabric, name: str, part: Any) -> None:
+def _run(fabric: Fabric, name: str, part: Part) -> None:
     subject = SUBJECTS[name]
     with part("init"):
         with fabric.init_module():
@@ -58,7 +109,10 @@ def _run(fabric: Fabric, name: str, part: Any) -> None:
     del module
     loss_of = subject.loss or default_loss
     for step in range(STEPS):
-        args, kwargs = torch.utils._pytree.tree_map(lambda leaf: leaf.to(fabric.device), subject.inputs(BATCH, CONTEXT))
+        with part(f"inputs {step}"):
+            args, kwargs = subject.inputs(BATCH, CONTEXT)
+            args = tuple(_moved(value, fabric.device) for value in args)
+            kwargs = {key: _moved(value, fabric.device) for key, value in kwargs.items()}
         with part(f"forward {step}"):
             loss = loss_of(model(*args, **kwargs))
         with part(f"backward {step}"):
@@ -67,53 +121,8 @@ def _run(fabric: Fabric, name: str, part: Any) -> None:
             optimizer.step()
         with part(f"zero {step}"):
             optimizer.zero_grad()
-            del loss
+            del loss, args, kwargs
 
 
-def _on_cpu(fabric: Fabric, name: str) -> Measured:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        _run(fabric, name, lambda part: record_function(f"part:{part}"))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    memory = sorted(
-        (event["ts"], event["args"]["Total Allocated"])
-        for event in events
-        if event["name"] == "[memory]" and event["args"]["Device Type"] == 0
-    )
-    peaks, ends = {}, {}
-    for event in events:
-        if event["name"].startswith("part:") and event.get("cat") == "user_annotation":
-            within = [held for at, held in memory if event["ts"] <= at <= event["ts"] + event["dur"]]
-            part = event["name"].removeprefix("part:")
-            before = [held for at, held in memory if at < event["ts"]]
-            peaks[part] = max(within, default=before[-1] if before else 0)
-            ends[part] = within[-1] if within else before[-1]
-    return _measured(peaks, ends)
-
-
-def _on_cuda(fabric: Fabric, name: str) -> Measured:
-    peaks: dict[str, int] = {}
-    ends: dict[str, int] = {}
-    base = torch.cuda.memory_allocated()
-
-    @contextmanager
-    def part(what: str) -> Iterator[None]:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        yield
-        torch.cuda.synchronize()
-        peaks[what] = torch.cuda.max_memory_allocated() - base
-        ends[what] = torch.cuda.memory_allocated() - base
-
-    _run(fabric, name, part)
-    return _measured(peaks, ends)
-
-
-def _measured(peaks: dict[str, int], ends: dict[str, int]) -> Measured:
-    last = STEPS - 1
-    own = {part: peaks[part if part == "init" else f"{part} {last}"] for part in PARTS}
-    rest = {part: ends[part if part == "init" else f"{part} {last}"] for part in PARTS}
-    rest["before"] = ends["zero 0"]
-    return Measured(peaks=own, ends=rest, optimizer=ends["zero 0"] - ends["init"])
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

@@ -229,10 +229,9 @@ def _print_tables(tables: "Sequence[Table]") -> bool:
         return False
     console = Console()
     for table in tables:
-        grid: Any = Grid(title=Text(table.title, style="bold"), title_justify="left", show_header=not table.prose)
+        grid: Any = Grid(title=Text(table.title, style="bold"), title_justify="left", show_header=bool(table.head))
         for number, name in enumerate(table.head or ("",)):
-            aligned = "left" if number == 0 or table.prose else "right"
-            grid.add_column(name, justify=aligned, overflow="fold")
+            grid.add_column(name, justify="right" if table.head and table.numbers(number) else "left", overflow="fold")
         for row in table.rows:
             grid.add_row(*map(Text, row), style="bold" if row[0].endswith("(peak)") else "")
         console.print(grid)

@@ -97,7 +97,7 @@ def find_layouts(
 ) -> Layouts:
     """Which strategies fit into ``memory``, the cheapest first, and why the others do not.
 
-    Looked at are, each with and without activation checkpointing: DDP, FSDP (full, hybrid, without resharding,
+    Looked at are, and with activation checkpointing too where they do not fit without: DDP, FSDP (full, hybrid, without resharding,
     offloaded), tensor parallelism within a machine with FSDP over the rest where the model says how it splits, and ZeRO
     1, 2, 3 with and without offloading.
 

@@ -186,7 +186,7 @@ class Plan:
             yield f"all at one time, limited by {self.bound.limited_by}", text.seconds(self.bound.step)
 
     def _notes(self) -> Table:
-        return Table("Notes", (), tuple((note,) for note in self.estimate.notes), prose=True)
+        return Table("Notes", (), tuple((note,) for note in self.estimate.notes))
 
 
 def alike(by_module: Mapping[str, int]) -> list[tuple[str, list[int]]]:

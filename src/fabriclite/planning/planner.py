@@ -1,7 +1,7 @@
 """Estimates of one model under many layouts. What they share, the traces, is made once."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,7 +13,7 @@ from fabriclite.planning.cost import bound
 from fabriclite.planning.estimate import estimate
 from fabriclite.planning.hardware import Hardware
 from fabriclite.planning.models import Model
-from fabriclite.planning.plan import Choice, Plan
+from fabriclite.planning.plan import Choice, Plan, fed
 from fabriclite.planning.subject import Subject
 from fabriclite.planning.trace import Trace, Weight
 from fabriclite.planning.tracing import MakeOptimizer, trace
@@ -32,6 +32,7 @@ class Planner:
         ranks_per_node: of them on one machine.
         hardware: what they run on.
         device: type of the devices, ``"cpu"`` or ``"cuda"``.
+        tell: is told in a few words of each trace before it is made: those take most of the time.
     """
 
     model: Model
@@ -41,6 +42,7 @@ class Planner:
     ranks_per_node: int
     hardware: Hardware
     device: str
+    tell: Callable[[str], None] = lambda words: None
     _traces: dict[tuple[object, ...], Trace] = field(default_factory=dict)
 
     def plan(self, choice: Choice) -> Plan:
@@ -85,6 +87,9 @@ class Planner:
             repr(split),
         )
         if key not in self._traces:
+            again = ", recomputing blocks" if choice.checkpointing else ""
+            split = f", split over {tensor}" if tensor > 1 else ""
+            self.tell(f"tracing {subject.name} in {precision.name}{split}{again}, {fed(choice)}")
             with seed.seeded(0):
                 self._traces[key] = trace(
                     subject,

@@ -26,11 +26,13 @@ class Refusal:
     Attributes:
         config: the strategy.
         reason: why, of the way that takes least memory; or why it cannot be meant at all.
+        way: which way that is.
         least: bytes of that way's peak; ``None`` where it cannot be meant.
     """
 
     config: StrategyConfig
     reason: str
+    way: str = ""
     least: int | None = None
 
 
@@ -39,8 +41,8 @@ class Layouts:
     """What a search found. ``print(layouts)`` shows it.
 
     Attributes:
-        fitting: plans that fit, the cheapest first: the smallest least time of a step with everything going on at one
-            time, then with nothing doing so, then the smallest peak.
+        fitting: plans that fit, the cheapest first: the most samples a second that their bound allows with all going on
+            at one time, then with nothing doing so, then the smallest peak.
         refused: strategies of which none fits.
     """
 
@@ -57,11 +59,11 @@ class Layouts:
         """Of the fitting plans at most ``most``."""
         rows = tuple(_row(plan) for plan in self.fitting[:most])
         more = f", the first {most} of {len(self.fitting)}" if len(self.fitting) > most else ""
-        head = ("strategy", "precision", "recomputes", "peak", "computing", "sending", "a step at least", "limited by")
-        reasons = tuple((code(each.config), each.reason) for each in self.refused)
+        head = ("strategy", "precision", "recomputes", "peak", "computing", "sending", "limited by", "samples/s below")
+        reasons = tuple((code(each.config), each.way, each.reason) for each in self.refused)
         return [
             Table(f"These fit, the cheapest first{more}", head, rows),
-            Table("These do not", ("strategy", "why"), reasons, prose=True),
+            Table("These do not", ("strategy", "with least memory", "why"), reasons),
         ]
 
     def __str__(self) -> str:
@@ -77,9 +79,14 @@ def _row(plan: Plan) -> tuple[str, ...]:
         size(plan.peak),
         text.seconds(plan.bound.compute),
         text.seconds(slowest),
-        text.seconds(plan.bound.step),
         plan.bound.limited_by or "",
+        f"{_samples(plan) / plan.bound.step:.4g}" if plan.bound.step else "",
     )
+
+
+def _samples(plan: Plan) -> int:
+    """Of a step, over all ranks: those that share a matrix product read the same."""
+    return plan.choice.batch * plan.layout.data
 
 
 def configs(world_size: int, ranks_per_node: int) -> Iterator[StrategyConfig]:
@@ -124,7 +131,7 @@ def search(
     batch: int,
     sequence: int | None,
 ) -> Layouts:
-    """Plan every strategy in every precision, with and without activation checkpointing.
+    """Plan every strategy in every precision; with activation checkpointing too where it does not fit without.
 
     Args:
         planned: plans one choice, held against a memory that was given.
@@ -149,7 +156,7 @@ def search(
             refused.append(Refusal(config, _why(config, precisions, error)))
         elif not fits:
             least = min(plans, key=lambda plan: plan.peak)
-            refused.append(Refusal(config, f"{least.too_much} at best, {_way(least)}", least.peak))
+            refused.append(Refusal(config, least.too_much or "", _way(least), least.peak))
     return Layouts(tuple(sorted(fitting, key=_price)), tuple(sorted(refused, key=lambda each: each.least or 2**63)))
 
 
@@ -172,8 +179,11 @@ def _ways(
             try:
                 plans.append(planned(choice))
             except ConfigError as error:
-                if not checkpointing:  # a model without repeated blocks has nothing to compute again
+                if not checkpointing:
                     return plans, error
+                break  # a model without repeated blocks has nothing to compute again
+            if plans[-1].fits:
+                break  # computing blocks again costs time, and saves memory that is there
     return plans, None
 
 
@@ -184,9 +194,9 @@ def _why(config: StrategyConfig, precisions: Sequence[Precision], error: ConfigE
 
 
 def _way(plan: Plan) -> str:
-    again = " with blocks computed again in backward" if plan.choice.checkpointing else ""
-    return f"in {plan.choice.precision.name}{again}"
+    return f"{plan.choice.precision.name}{', recomputing blocks' if plan.choice.checkpointing else ''}"
 
 
 def _price(plan: Plan) -> tuple[float, float, int]:
-    return (plan.bound.step or 0.0, plan.bound.in_turn, plan.peak)
+    samples = _samples(plan)
+    return ((plan.bound.step or 0.0) / samples, plan.bound.in_turn / samples, plan.peak)

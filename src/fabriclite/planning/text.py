@@ -5,12 +5,15 @@ from typing import NamedTuple
 
 
 class Table(NamedTuple):
-    """Rows of words under a title. The first column is text, the others are numbers, but where ``prose`` is set."""
+    """Rows of words under a title; without a head they are sentences."""
 
     title: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    prose: bool = False
+
+    def numbers(self, column: int) -> bool:
+        """Whether a column holds numbers, with or without units, and is to be aligned on the right."""
+        return column > 0 and all(row[column][:1] in "+-x0123456789" for row in self.rows)
 
 
 def size(count: float) -> str:
@@ -42,17 +45,15 @@ def plain(tables: Sequence[Table]) -> str:
 
 
 def _plain(table: Table) -> str:
-    if table.prose:
+    if not table.head:
         return "\n".join([table.title, *(f"  {' '.join(row)}" for row in table.rows)])
     rows = [table.head, *table.rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(table.head))]
-    lines = ["  ".join(_cells(row, widths)).rstrip() for row in rows]
+    columns = range(len(table.head))
+    widths = [max(len(row[column]) for row in rows) for column in columns]
+    right = [table.numbers(column) for column in columns]
+    lines = ("  ".join(_cell(row[n], widths[n], right[n]) for n in columns).rstrip() for row in rows)
     return "\n".join([table.title, *(f"  {line}" for line in lines)])
 
 
-def _cells(row: tuple[str, ...], widths: Sequence[int]) -> list[str]:
-    first, *others = (
-        cell.ljust(width) if n == 0 else cell.rjust(width)
-        for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-    )
-    return [first, *others]
+def _cell(text: str, width: int, right: bool) -> str:
+    return text.rjust(width) if right else text.ljust(width)
