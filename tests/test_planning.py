@@ -3,24 +3,43 @@
 What an estimate says of memory is compared with measured peaks elsewhere (tests of the estimate, and a benchmark).
 """
 
+import json
+import random
+import re
+import resource
+import sys
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from fabriclite import (
     ConfigError,
     DDPStrategy,
     DeepSpeedStrategy,
+    Fabric,
     FSDPStrategy,
+    Hardware,
     ModelParallelStrategy,
+    Plan,
     Precision,
+    SetupOrderError,
     SingleDeviceStrategy,
+    find_layouts,
+    plan,
 )
+from fabriclite.cli.main import main
 from fabriclite.layout import Layout
-from fabriclite.planning.hardware import LINKS, Hardware, parse_bandwidth, parse_bytes
+from fabriclite.planning.api import planner_of
+from fabriclite.planning.fit import largest
+from fabriclite.planning.hardware import LINKS, parse_bandwidth, parse_bytes
+from fabriclite.planning.plan import Choice, code
+from fabriclite.planning.search import configs
 from fabriclite.planning.static import MOMENTS, moments, states
 from fabriclite.planning.traffic import Axis, Parcel, of_data_parallelism, timed, to_host
 from fabriclite.planning.values import Traffic
@@ -114,16 +133,19 @@ def test_states_of_published_shapes(config: Any, precision: str, per_parameter: 
     assert ours == pytest.approx(per_parameter * parameters, rel=1e-6)
 
 
-def test_published_shapes_have_these_parameters() -> None:
+def test_the_published_shape_has_these_parameters() -> None:
     transformers = pytest.importorskip("transformers")
-    small = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
-    large = dict(
-        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
+    config = transformers.LlamaConfig(
+        vocab_size=32000,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
     )
-    for shape, expected in ((small, LLAMA_2_7B), (large, LLAMA_2_70B)):
-        with torch.device("meta"):
-            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32000, **shape))
-        assert sum(p.numel() for p in model.parameters()) == expected
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    assert sum(p.numel() for p in model.parameters()) == LLAMA_2_70B  # that of 7B: test_no_weights_are_allocated
 
 
 def test_offloaded_states_lie_on_the_host() -> None:
@@ -271,3 +293,542 @@ def test_a_bandwidth_must_be_one(text: str) -> None:
 def test_an_optimizer_must_be_known() -> None:
     with pytest.raises(ConfigError, match=r"`optimizer` must be one of adam, .*, but is 'lamb'"):
         moments("lamb")
+
+
+# -- models ----------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Stack(nn.Module):
+    """Blocks of linear layers: ``8 width ** 2`` parameters each."""
+
+    def __init__(self, width: int = 16, depth: int = 3, cold: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.head = nn.Linear(width, 8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, a: torch.Tensor, b: int) -> torch.Tensor:
+        return a * self.weight * b
+
+
+SHAPE_70B = dict(width=16384, depth=32)
+"""Of as many parameters as Llama 2 70B, give or take a hundredth."""
+
+
+def stack_with_inputs(width: int = 16) -> tuple[nn.Module, Any, Any]:
+    return Stack(width), lambda batch, sequence: {"x": torch.zeros(batch, sequence, width)}, lambda out: out.sum()
+
+
+def test_a_model_is_a_module_a_function_or_both_with_inputs_and_loss() -> None:
+    from_module = plan(Stack(), precision="bf16-true", batch=4)
+    from_class = plan(Stack, precision="bf16-true", batch=4)
+    with_all = plan(stack_with_inputs, precision="bf16-true", batch=2, sequence=2)
+    as_tensor = plan(Stack, torch.zeros(4, 16), precision="bf16-true")
+    peaks = {p.estimate.peaks["backward"].memory.by_kind["activations"] for p in (from_module, from_class, as_tensor)}
+    assert len(peaks) == 1
+    assert with_all.estimate.model == "stack_with_inputs"
+    assert from_class.estimate.model == from_module.estimate.model == "Stack"
+    assert from_class.estimate.parameters == 3 * 8 * 16**2 + 16 * 8
+    assert plan(lambda: Stack(), batch=1).estimate.model == "model"
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "words"),
+    [
+        (3, {}, "`model` must be a torch.nn.Module or a function that returns one, but is int"),
+        (
+            lambda: 3,
+            {},
+            "model must return a torch.nn.Module, (model, inputs) or (model, inputs, loss), but returned int",
+        ),
+        (lambda: (Stack(), 1, 2, 3), {}, "but returned (Stack, int, int, int)"),
+        (Odd, {}, "`inputs` must be given for Odd, whose forward(a, b) does not say what it takes. Pass inputs=..."),
+        (Stack, {"inputs": 3}, "`inputs` must be or return a tensor, a tuple of arguments or a dictionary of them"),
+        (Stack, {"loss": 3}, "`loss` must be a function of the model's output, but is int"),
+        (lambda: nn.Embedding(4, 4), {}, "`sequence` must be given for Embedding, which takes tokens, but is None."),
+        (Odd(), {"checkpointing": True, "inputs": (torch.ones(3), 2)}, "`checkpointing` must be of a model with"),
+        (Stack, {"devices": 0}, "`devices` must be a whole number of at least 1, but is 0."),
+        (Stack, {"devices": 4, "per_node": True}, "`per_node` must be a whole number of at least 1, but is True."),
+        (Stack, {"devices": 12, "strategy": "fsdp"}, "`devices` must be a multiple of those on one machine, but is 12"),
+        (Stack, {"device": "tpu"}, "`device` must be 'cuda' or 'cpu', but is 'tpu'."),
+        (Stack, {"optimizer": "lamb"}, "`optimizer` must be one of adadelta, "),
+        (Stack, {"optimizer": 3}, "`optimizer` must be a name, an optimizer or a function from parameters to one, but"),
+        (Stack, {"precision": "64-true", "strategy": "deepspeed"}, "`precision` must be one of 32-true, "),
+    ],
+)
+def test_misuse_is_said(model: Any, arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        plan(model, arguments.pop("inputs", None), **arguments)
+
+
+def test_a_model_that_was_set_up_is_refused() -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model = fabric.setup(Stack())
+    with pytest.raises(SetupOrderError, match="`model` must be planned before `setup`, but was set up already"):
+        fabric.plan(model)
+
+
+def test_optimizers_are_named_made_or_given() -> None:
+    def state(optimizer: Any) -> int:
+        made = plan(Stack, precision="32-true", optimizer=optimizer).estimate
+        return made.peaks["step"].memory.by_kind.get("optimizer", 0) // (4 * made.parameters)
+
+    given = torch.optim.SGD(Stack().parameters(), lr=0.1, momentum=0.9)
+    for optimizer, moments_of in (
+        (None, 2),
+        ("adamw", 2),
+        ("sgd", 0),
+        ("sgd-momentum", 1),
+        (given, 1),
+        (torch.optim.RMSprop, 1),
+        ("torch.optim:Adam", 2),
+        (lambda p: torch.optim.Adam(p, amsgrad=True), 3),
+    ):
+        assert state(optimizer) == moments_of
+
+
+# -- through Fabric --------------------------------------------------------------------------------------------------
+
+
+def weights(planned: bool) -> tuple[list[torch.Tensor], torch.Tensor, float]:
+    """Of a model that was recorded, with or without a plan in between; and what is drawn next."""
+    fabric = Fabric(accelerator="cpu", devices=1, strategy="fsdp", precision="bf16-true")
+    fabric.seed_everything(7)
+    with fabric.init_module():
+        model = Stack()
+    before = list(model.parameters())
+    if planned:
+        made = fabric.plan(model, batch=2, optimizer=torch.optim.SGD)
+        assert made.estimate.batch == 2
+        assert made.choice.config is fabric.strategy
+        assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
+    drawn, python = torch.rand(3), random.random()
+    ready = fabric.setup(model)
+    return [p.detach().full_tensor() for p in ready.parameters()], drawn, python
+
+
+def test_a_plan_changes_neither_model_nor_random_states() -> None:
+    (plain, drawn, python), (planned, drawn_after, python_after) = weights(False), weights(True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, planned, strict=True))
+    assert torch.equal(drawn, drawn_after)
+    assert python == python_after
+
+
+def test_a_real_model_keeps_its_memory() -> None:
+    model = Stack()
+    held = [(p.data_ptr(), p.clone()) for p in model.parameters()]
+    plan(model, batch=2, strategy="fsdp", devices=4)
+    for param, (place, value) in zip(model.parameters(), held, strict=True):
+        assert param.data_ptr() == place
+        assert torch.equal(param, value)
+        assert param.grad is None
+
+
+def test_a_launch_is_not_needed() -> None:
+    fabric = Fabric(accelerator="cpu", devices=4, strategy=FSDPStrategy(device_mesh=(2, 2)), precision="bf16-mixed")
+    made = fabric.plan(Stack, batch=3)
+    assert (made.estimate.world_size, made.estimate.ranks_per_node) == (4, 4)
+    assert made.layout.shard == 2
+    assert not torch.distributed.is_initialized()
+
+
+def test_no_weights_are_allocated() -> None:
+    """7 B parameters: 13.5 GB of them, and as much again of gradients; the process grows by hardly anything."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    made = plan(
+        lambda: transformers.LlamaForCausalLM(config),
+        strategy=FSDPStrategy(),
+        devices=64,
+        precision="bf16-true",
+        sequence=1024,
+    )
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert made.estimate.parameters == LLAMA_2_7B
+    held = made.estimate.peaks["step"].memory.by_kind
+    expected = states(made.layout, LLAMA_2_7B).device.by_kind
+    for kind in ("parameters", "gradients", "optimizer"):
+        assert held[kind] == pytest.approx(expected[kind], rel=0.01)
+    assert grown * 1024 < GB
+
+
+# -- what tensor parallelism sends -----------------------------------------------------------------------------------
+
+
+def test_collectives_of_tensor_parallelism_are_those_that_torch_makes(tmp_path: Path) -> None:
+    """Counted in a model that is really split over a pretended group, forward and backward."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.debug import CommDebugMode
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from fabriclite.launch.process_group import pretended
+    from fabriclite.planning.hugging_face import model_from
+    from fabriclite.strategies import tp_plan
+
+    made = plan_of(model_from(tiny(tmp_path)), ModelParallelStrategy(tensor_parallel_size=2), devices=2)
+    ours: Counter[str] = Counter()
+    for item in made.estimate.traffic:
+        ours[item.what.partition(" ")[0]] += item.calls
+
+    model = model_from(tiny(tmp_path)).plain.build()
+    torchs: Counter[str] = Counter()
+    with pretended(2):
+        mesh = init_device_mesh("cpu", (2,))
+        for name, style in tp_plan.expand(model, tp_plan.carried_by(model)).items():
+            parallelize_module(model.get_submodule(name), mesh, style)
+        ids = torch.zeros(1, 8, dtype=torch.long)
+        with CommDebugMode() as counted:
+            model(input_ids=ids, labels=ids).loss.backward()
+        for operation, calls in counted.get_comm_counts().items():
+            torchs["all-reduce" if "all_reduce" in str(operation) else "all-gather"] += calls
+    assert ours == torchs
+
+
+def tiny(folder: Path, **changed: Any) -> Path:
+    shape = dict(
+        model_type="llama",
+        architectures=["LlamaForCausalLM"],
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+        tie_word_embeddings=False,
+    )
+    path = folder / "tiny.json"
+    path.write_text(json.dumps(shape | changed))
+    return path
+
+
+def plan_of(model: Any, config: Any, devices: int, **changed: Any) -> Plan:
+    planner = planner_of(
+        model,
+        optimizer=None,
+        devices=devices,
+        per_node=None,
+        hardware=changed.pop("hardware", Hardware()),
+        device="cpu",
+    )
+    values: dict[str, Any] = dict(config=config, precision=Precision.parse("bf16-true"), batch=1, sequence=8) | changed
+    return planner.plan(Choice(**values))
+
+
+def test_what_is_computed_again_is_sent_again(tmp_path: Path) -> None:
+    from fabriclite.planning.hugging_face import model_from
+
+    model, config = model_from(tiny(tmp_path)), ModelParallelStrategy(tensor_parallel_size=2)
+    once = plan_of(model, config, 2)
+    again = plan_of(model, config, 2, checkpointing=True)
+    names = {t.what: t for t in again.estimate.traffic}
+    assert (
+        names["all-reduce of activations of tensor parallelism, recomputation"].calls == 2 * 2
+    )  # layers x (attention, mlp)
+    assert sum(t.bytes for t in again.estimate.traffic) > sum(t.bytes for t in once.estimate.traffic)
+
+
+def test_a_split_that_breaks_the_model_is_said(tmp_path: Path) -> None:
+    from fabriclite.planning.hugging_face import model_from
+
+    with pytest.raises(
+        ConfigError, match="`tensor_parallel_size` must split tiny so that it still runs, but is 4, and"
+    ):
+        plan_of(model_from(tiny(tmp_path)), ModelParallelStrategy(tensor_parallel_size=4), 4)
+
+
+# -- cost ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_least_time_is_that_of_the_slowest(tmp_path: Path) -> None:
+    speeds = Hardware(flops=1e12, node=1e9, network=1e6)
+    made = plan(Stack, strategy="fsdp", devices=16, batch=4, precision="bf16-true", hardware=speeds)
+    assert made.estimate.flops is not None
+    assert made.bound.compute == made.estimate.flops / 1e12
+    assert made.bound.limited_by == "network"
+    assert made.bound.step == made.bound.links["network"]
+    assert made.bound.in_turn == pytest.approx(made.bound.compute + sum(made.bound.links.values()))
+    alone = plan(Stack, batch=4, hardware=Hardware(flops=1e12))
+    assert alone.bound.limited_by == "compute"
+    assert plan(Stack, batch=4).bound.step is None
+
+
+# -- search ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_70b_shape_on_eight_devices() -> None:
+    found = find_layouts(lambda: Stack(**SHAPE_70B), devices=8, memory="80GB", precisions=("bf16-true",), sequence=4096)
+    why = {type(each.config).__name__: each for each in found.refused}
+    assert "DDPStrategy" in why
+    assert re.search(r"too much \(optimizer 25\d.\d GiB, parameters 12\d.\d GiB", why["DDPStrategy"].reason)
+    assert (
+        why["DDPStrategy"].least or 0
+    ) > 8 * LLAMA_2_70B * 0.99  # bytes of a parameter, its gradient and Adam's moments
+    assert "carries no `_tp_plan`" in why["ModelParallelStrategy"].reason
+    fits = {code(p.choice.config) for p in found.fitting}
+    assert "FSDPStrategy(cpu_offload=True)" in fits
+    assert all(p.fits for p in found.fitting)
+    prices = [(p.bound.step or 0) / (p.choice.batch * p.layout.data) for p in found.fitting]
+    assert prices == sorted(prices)
+
+
+def test_checkpointing_is_looked_at_where_nothing_else_fits() -> None:
+    wide = dict(width=64, depth=6)
+    free = plan(lambda: Stack(**wide), strategy="fsdp", devices=2, batch=64, precision="bf16-true")
+    less = plan(lambda: Stack(**wide), strategy="fsdp", devices=2, batch=64, precision="bf16-true", checkpointing=True)
+    assert less.peak < free.peak
+    found = find_layouts(
+        lambda: Stack(**wide), devices=2, batch=64, memory=(less.peak + free.peak) // 2, precisions=("bf16-true",)
+    )
+    chosen = {code(p.choice.config): p for p in found.fitting}["FSDPStrategy()"]
+    assert chosen.choice.checkpointing
+    assert (chosen.estimate.flops or 0) > (free.estimate.flops or 0)
+
+
+@given(st.sampled_from([1, 2, 4, 8, 16, 64, 1024, 16384]), st.sampled_from([1, 2, 4, 8]))
+def test_every_strategy_that_is_looked_at_can_run(world: int, per_node: int) -> None:
+    seen = list(configs(world, min(world, per_node)))
+    for config in seen:
+        config.check_world(world)
+        assert config.layout(world, Precision.parse("bf16-true")).world == world
+    assert len({code(config) for config in seen}) == len(seen)
+
+
+@given(st.integers(0, 400), st.integers(1, 50), st.floats(1.0, 2.0), st.integers(1, 3000), st.sampled_from([1, 16]))
+def test_the_largest_that_fits_is_found(fixed: int, slope: int, power: float, memory: int, unit: int) -> None:
+    looks: list[int] = []
+
+    def peak(count: int) -> int:
+        looks.append(count)
+        return fixed + int(slope * count**power)
+
+    found = largest(peak, memory, unit, limit=64 * unit)
+    fits = [n for n in range(unit, 64 * unit + 1, unit) if fixed + int(slope * n**power) <= memory]
+    assert found == (max(fits) if fits else None)
+    assert len(looks) <= 14
+
+
+# -- how it reads ----------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_reads_as_the_code_that_makes_it() -> None:
+    made = plan(Stack, strategy=FSDPStrategy(device_mesh=(2, 4)), devices=8, precision="bf16-mixed", batch=2)
+    names = {"plan": plan, "Stack": Stack, "FSDPStrategy": FSDPStrategy, "Hardware": Hardware}
+    again = eval(repr(made), names)
+    assert again.to_json() == made.to_json()
+    assert repr(again) == repr(made)
+
+
+def test_a_plan_prints_tables() -> None:
+    made = plan(
+        Stack, strategy="fsdp", devices=8, batch=2, precision="bf16-true", hardware=Hardware(memory=10**6, node=1e9)
+    )
+    shown = str(made)
+    for words in (
+        "Stack: 6.27 k parameters, FSDPStrategy(), bf16-true, AdamW, 8 processes, 8 a machine, batch 2 a rank",
+        "It fits: one rank holds at most",
+        "blocks.*",
+        "all-gather of parameters in backward",
+        "limited by node",
+        "kept in 16 bits, with no float32 copy",
+    ):
+        assert words in shown
+    assert "It does not fit in 1.0 KiB: " in str(plan(Stack, batch=2, hardware=Hardware(memory=1024)))
+    big = plan(lambda: Stack(64, 1), batch=1, hardware=Hardware(memory=100))
+    assert any(
+        "A rule of thumb of the field asks for lazy initialisation where 4 x billions" in n for n in big.estimate.notes
+    )
+    away = plan(Stack, strategy=FSDPStrategy(cpu_offload=True), devices=8, batch=1)
+    assert any("Offloading keeps" in note and "a machine" in note for note in away.estimate.notes)
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def run(*words: str) -> int:
+    return main(["plan", *words])
+
+
+def test_the_command_plans_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--hf-config", str(tiny(tmp_path)), "--devices", "8", "--sequence", "64", "--strategy", "fsdp")
+    picture = tmp_path / "plan.png"
+    fast = ("--node-bandwidth", "nvlink4", "--peak-tflops", "989", "--host-bandwidth", "pcie5")
+    assert run(*words, "--memory", "1GB", *fast, "--what-if", "--picture", str(picture)) == 0
+    shown = capsys.readouterr().out
+    assert "tiny: 2" in shown
+    for change in (
+        "activation checkpointing of blocks",
+        "reshard_after_forward=False",
+        "cpu_offload=True",
+        "gathered one",
+    ):
+        assert change in shown
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert run(*words, "--memory", "100KB") == 1
+    assert "It does not fit in 97.7 KiB: " in capsys.readouterr().out
+
+
+def test_the_command_searches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--hf-config", str(tiny(tmp_path)), "--devices", "2", "--sequence", "64", "--precision", "bf16-true")
+    assert run(*words, "--memory", "1GB", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"ModelParallelStrategy(tensor_parallel_size=2)", "FSDPStrategy()", "DDPStrategy()"} <= {
+        each["strategy"] for each in found["fitting"]
+    }
+    assert run(*words, "--memory", "1KB") == 1
+    shown = capsys.readouterr().out
+    assert "These do not" in shown
+    assert "too much" in shown
+
+
+def test_the_command_s_json_holds_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "nets.py").write_text(
+        "from torch import nn\n\ndef make(width, depth=1):\n    return nn.Linear(width, depth)\n"
+    )
+    (tmp_path / "net.json").write_text('{"width": 4}')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.setattr(sys, "path", list(sys.path))
+        config = ("--config", "net.json", "--config", '{"depth": 3}', "--config", "width=5")
+        strategy = ("--strategy", "fsdp", "--devices", "4", "--set", "device_mesh=[2,2]", "--checkpointing")
+        assert run("nets:make", *config, *strategy[:-1], "--json", "--batch", "7", "--memory", "1GiB") == 0
+        found = json.loads(capsys.readouterr().out)
+        assert run("nets:make", *config, *strategy) == 2  # a lone layer has no blocks
+    assert found["parameters"] == 5 * 3 + 3
+    assert found["strategy"] == "FSDPStrategy(device_mesh=(2, 2))"
+    assert (found["memory"], found["fits"], found["batch"]) == (2**30, True, 7)
+    assert found["peak"] == max(sum(m["memory"]["by_kind"].values()) for m in found["peaks"].values())
+    assert {"model", "precision", "world_size", "ranks_per_node", "timeline", "host", "traffic", "flops", "by_module",
+            "notes", "bound", "checkpointing", "optimizer", "sequence"} <= set(found)  # fmt: skip
+    assert {"what", "link", "bytes", "calls", "seconds"} == set(found["traffic"][0])
+
+
+@pytest.mark.parametrize("what", ["batch", "sequence"])
+def test_the_command_finds_the_largest_that_fits(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--hf-config", str(tiny(tmp_path)), "--sequence", "64", "--strategy", "single_device", "--memory", "4MB")
+    assert run(*words, "--fit", what, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    largest_one = found[what]
+    more = str(largest_one + (1 if what == "batch" else 128))
+    assert largest_one > 1
+    assert (
+        run(
+            *words[:2],
+            *words[4:],
+            *(("--batch", more, "--sequence", "64") if what == "batch" else ("--sequence", more)),
+        )
+        == 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "Exactly one of MODEL and --hf-config must be given."),
+        (("a:b", "--hf-config", "x"), "Exactly one of MODEL and --hf-config must be given."),
+        (("--hf-config", "x", "--config", "a=1"), "--config must come with MODEL"),
+        (("a:b",), "A search (no --strategy) must know the memory of a device, but --memory is missing."),
+        (("a:b", "--strategy", "ddp", "--fit", "batch"), "--fit batch must know the memory of a device"),
+        (("a:b", "--memory", "1GB", "--what-if"), "--what-if must come with --strategy"),
+        (("a:b", "--memory", "1GB", "--set", "a=1"), "--set must come with --strategy"),
+        (("a:b", "--memory", "1GB", "--fit", "batch"), "--fit must come with --strategy"),
+        (("a:b", "--strategy", "ddp", "--precision", "32", "--precision", "64"), "--precision must be given once"),
+        (("ab", "--strategy", "ddp"), "`MODEL` must be written package.module:Name, but is 'ab'."),
+        (("json:nothing", "--strategy", "ddp"), "`MODEL` must name something that can be imported, but 'json:nothing'"),
+        (
+            ("json:__name__", "--strategy", "ddp"),
+            "`MODEL` must name a class or a function, but 'json:__name__' is str.",
+        ),
+        (("torch.nn:Linear", "--strategy", "ddp"), "`--config` must hold the arguments of torch.nn:Linear, but"),
+        (
+            ("a:b", "--config", "none.json", "--strategy", "ddp"),
+            "`--config` must be a JSON file, a JSON object or key=",
+        ),
+        (("a:b", "--config", "{", "--strategy", "ddp"), "'{' is no JSON"),
+        (
+            ("torch.nn:Linear", "--strategy", "ddp", "--set", "speed=1"),
+            "`--set` must be KEY=VALUE with a field of DDPS",
+        ),
+        (
+            ("--hf-config", "none.json", "--strategy", "ddp"),
+            "`--hf-config` must be a config.json or a folder that holds",
+        ),
+        (
+            ("a:b", "--strategy", "ddp", "--peak-tflops", "fast"),
+            "`peak_tflops` must be a number above 0, but is 'fast'.",
+        ),
+    ],
+)
+def test_the_command_says_what_is_wrong(
+    words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    if words[:1] == ("a:b",):  # something that can be imported, so that what comes after is looked at
+        words = ("torch.nn:Linear", *words[1:])
+    assert run(*words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_hugging_face_config_must_be_one(tmp_path: Path) -> None:
+    from fabriclite.planning.hugging_face import model_from
+
+    for text, said in (
+        ("{", "`--hf-config` must be JSON, but"),
+        ('{"hidden_size": 1}', "`--hf-config` must say its `model_type`"),
+        ('{"model_type": "no such"}', "`--hf-config` must be of a type that transformers knows, but is 'no such'"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            model_from(tmp_path)
+
+
+def test_missing_packages_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fabriclite.planning.hugging_face import model_from
+
+    made = plan(Stack, batch=1)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match=r"`picture` must find matplotlib.*pip install fabriclite\[plots\]"):
+        made.picture(tmp_path / "x.png")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match=r"`--hf-config` must find transformers.*pip install transformers"):
+        model_from(tiny(tmp_path))
+
+
+# -- pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_shows_every_kind_that_matters(tmp_path: Path) -> None:
+    made = plan(lambda: Stack(128), strategy="fsdp", devices=4, batch=512, hardware=Hardware(memory=4 * 2**20))
+    made.picture(tmp_path / "plan.svg")
+    drawn = (tmp_path / "plan.svg").read_text()
+    for colour in ("#0072b2", "#009e73", "#e69f00", "#cc79a7"):  # parameters, optimizer, gradients, activations
+        assert colour in drawn.lower()
+    made.picture(tmp_path / "plan.png")
+    from matplotlib import image
+
+    pixels = image.imread(tmp_path / "plan.png")
+    assert len({tuple(pixel) for row in pixels[::7] for pixel in row[::7]}) > 8
+    with pytest.raises(ConfigError, match=r"`picture` must end in .png or .svg, but is 'plan.pdf'"):
+        made.picture("plan.pdf")

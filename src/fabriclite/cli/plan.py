@@ -187,7 +187,14 @@ def _planner(arguments: argparse.Namespace, model: "Model", hardware: "Hardware"
         per_node=arguments.per_node,
         hardware=hardware,
         device=arguments.device,
+        tell=_tell,
     )
+
+
+def _tell(words: str) -> None:
+    """Say what takes time, on a line that the next one replaces; only where somebody looks on."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{words} ...", end="\r", file=sys.stderr, flush=True)
 
 
 def _hardware(arguments: argparse.Namespace) -> "Hardware":

@@ -1,6 +1,6 @@
 """Planning as functions: one layout, or a search. Nothing is launched, and no weights are allocated."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from fabriclite.errors import ConfigError
@@ -97,9 +97,9 @@ def find_layouts(
 ) -> Layouts:
     """Which strategies fit into ``memory``, the cheapest first, and why the others do not.
 
-    Looked at are, and with activation checkpointing too where they do not fit without: DDP, FSDP (full, hybrid, without resharding,
-    offloaded), tensor parallelism within a machine with FSDP over the rest where the model says how it splits, and ZeRO
-    1, 2, 3 with and without offloading.
+    Looked at are DDP, FSDP (full, hybrid, without resharding, offloaded), tensor parallelism within a machine with
+    FSDP over the rest where the model says how it splits, and ZeRO 1, 2, 3 with and without offloading; each with
+    activation checkpointing too where it does not fit without.
 
     Args:
         memory: of one device, such as ``"80GB"``, or bytes.
@@ -129,9 +129,16 @@ def search_with(planner: "Planner", precisions: Sequence[Precision], batch: int,
 
 
 def planner_of(
-    model: Model, *, optimizer: Any, devices: int, per_node: int | None, hardware: Hardware, device: str
+    model: Model,
+    *,
+    optimizer: Any,
+    devices: int,
+    per_node: int | None,
+    hardware: Hardware,
+    device: str,
+    tell: Callable[[str], None] = lambda words: None,
 ) -> "Planner":
-    """A planner, its arguments checked.
+    """A planner, its arguments checked; ``tell`` is told of each trace.
 
     Raises:
         ConfigError: one has no meaning.
@@ -156,4 +163,5 @@ def planner_of(
         ranks_per_node=on_one,
         hardware=hardware,
         device=device,
+        tell=tell,
     )

@@ -108,8 +108,8 @@ def model_of(model: object, inputs: Any = None, *, loss: Loss | None = None, nam
         )
     _check_loss(loss)
     if isinstance(model, nn.Module):
-        plain = _without_memory(model)
-        return _model(_Maker(lambda: _without_memory(plain), name or type(model).__name__, inputs, loss))
+        kept = _copied(model, "meta")  # as it is now, whatever becomes of it
+        return _model(_Maker(lambda: _copied(kept, "cpu"), name or type(model).__name__, inputs, loss))
     if not callable(model):
         raise ConfigError(
             f"`model` must be a torch.nn.Module or a function that returns one, but is {type(model).__name__}."
@@ -251,11 +251,11 @@ def _is_sharded(model: object) -> bool:
     return isinstance(model, nn.Module) and any(hasattr(p, "placements") for p in model.parameters())
 
 
-def _without_memory(model: nn.Module) -> nn.Module:
-    """A copy on the meta device; nothing of the model is read."""
+def _copied(model: nn.Module, device: str) -> nn.Module:
+    """A copy with new tensors on ``device``; nothing of the model is read."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
         learned = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if learned else empty
     return copy.deepcopy(model, memo)

@@ -6,20 +6,21 @@ from typing import Any, Final
 
 from fabriclite.errors import ConfigError
 from fabriclite.planning.plan import Plan
-from fabriclite.planning.values import KINDS, PHASES, Kind, Moment
+from fabriclite.planning.values import PHASES, Kind, Moment
 
 _GIB: Final = 2**30
 # Okabe and Ito's palette, which people who are colour-blind can tell apart.
 _COLOURS: Final[Mapping[Kind, str]] = {
     "parameters": "#0072B2",
-    "gradients": "#E69F00",
     "optimizer": "#009E73",
-    "activations": "#CC79A7",
     "buffers": "#999999",
+    "input": "#F0E442",
+    "gradients": "#E69F00",
+    "activations": "#CC79A7",
     "communication": "#56B4E9",
     "temporary": "#D55E00",
-    "input": "#F0E442",
 }
+"""The steadiest at the bottom."""
 
 
 def draw(plan: Plan, path: str | Path) -> None:
@@ -57,9 +58,10 @@ def draw(plan: Plan, path: str | Path) -> None:
 
 
 def _kinds(plan: Plan) -> list[Kind]:
-    """Those that are held at some moment, the steadiest first."""
+    """Those that can be seen at some moment, the steadiest first."""
     moments = [*plan.estimate.peaks.values(), *plan.estimate.timeline]
-    return [kind for kind in KINDS if any(moment.memory.by_kind.get(kind, 0) for moment in moments)]
+    seen = plan.peak / 500
+    return [kind for kind in _COLOURS if any(moment.memory.by_kind.get(kind, 0) > seen for moment in moments)]
 
 
 def _draw_bars(axes: Any, plan: Plan, kinds: Sequence[Kind], scale: int) -> None:
@@ -144,4 +146,4 @@ def _tidy(axes: Any) -> None:
 def _wrapped(title: str) -> str:
     import textwrap
 
-    return "\n".join(textwrap.wrap(title, 110))
+    return "\n".join(textwrap.wrap(title, 130))

@@ -1,12 +1,14 @@
 """Estimates of one model under many layouts. What they share, the traces, is made once."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from fabriclite import arguments, seed
+from fabriclite.errors import ConfigError
 from fabriclite.layout import Layout
 from fabriclite.planning import advice, products
 from fabriclite.planning.cost import bound
@@ -75,7 +77,7 @@ class Planner:
         )
 
     def _trace(self, subject: Subject, choice: Choice, tensor: int) -> Trace:
-        split, precision = choice.config if tensor > 1 else None, choice.precision
+        splitting, precision = choice.config if tensor > 1 else None, choice.precision
         key = (
             precision.name,
             precision.param_dtype,
@@ -84,13 +86,13 @@ class Planner:
             choice.sequence,
             choice.checkpointing,
             tensor,
-            repr(split),
+            repr(splitting),
         )
         if key not in self._traces:
             again = ", recomputing blocks" if choice.checkpointing else ""
             split = f", split over {tensor}" if tensor > 1 else ""
             self.tell(f"tracing {subject.name} in {precision.name}{split}{again}, {fed(choice)}")
-            with seed.seeded(0):
+            with seed.seeded(0), _splitting(subject.name, tensor):
                 self._traces[key] = trace(
                     subject,
                     batch=choice.batch,
@@ -98,10 +100,26 @@ class Planner:
                     precision=choice.precision,
                     optimizer=self.optimizer,
                     tensor=tensor,
-                    config=split,
+                    config=splitting,
                     device=self.device,
                 )
         return self._traces[key]
+
+
+@contextmanager
+def _splitting(name: str, tensor: int) -> Iterator[None]:
+    """Say of what fails that it is the split, where there is one: models count on sizes that it changes."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        if tensor == 1:
+            raise
+        raise ConfigError(
+            f"`tensor_parallel_size` must split {name} so that it still runs, but is {tensor}, and then:"
+            f" {type(error).__name__}: {error}. Its number of (key and value) heads must be a multiple, as a rule."
+        ) from error
 
 
 def parcels_of(traced: Trace, layout: Layout) -> list[Parcel]:

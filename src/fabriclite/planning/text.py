@@ -36,7 +36,10 @@ def seconds(value: float | None) -> str:
     """A time; nothing where it is not known."""
     if value is None:
         return ""
-    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.2f} ms"
+    for unit, name in ((1.0, "s"), (1e-3, "ms")):
+        if abs(value) >= unit:
+            return f"{value / unit:.2f} {name}"
+    return f"{value * 1e6:.1f} us"
 
 
 def plain(tables: Sequence[Table]) -> str:
