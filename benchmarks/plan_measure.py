@@ -1,6 +1,7 @@
 """What set-up and a training step take, as torch's allocators are asked: nothing of fabriclite measures."""
 
 import ctypes
+import gc
 import os
 import subprocess
 import sys
@@ -56,6 +57,7 @@ def measure(fabric: Fabric, name: str) -> Measured | None:
     """Set a model up, train two steps, and say what that took. Every rank must call this."""
     torch.set_num_threads(1)
     _run(fabric, name, lambda what: _Counter(fabric.device).part(what))  # imports, and what is made once a process
+    gc.collect()
     counter = _Counter(fabric.device)
     _run(fabric, name, counter.part)
     return counter.measured() if fabric.global_rank == 0 else None
@@ -116,7 +118,7 @@ def _run(fabric: Fabric, name: str, part: Part) -> None:
         with part(f"forward {step}"):
             loss = loss_of(model(*args, **kwargs))
         with part(f"backward {step}"):
-            fabric.backward(loss)
+            fabric.backward(loss, model=model)
         with part(f"step {step}"):
             optimizer.step()
         with part(f"zero {step}"):

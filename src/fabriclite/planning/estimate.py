@@ -1,15 +1,18 @@
 """What one layout of a traced step costs one rank. Pure and fast: no tensor is made."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final
+
+from torch import nn
 
 from fabriclite.errors import ConfigError
 from fabriclite.layout import Layout
+from fabriclite.planning.flat import ByModule, Flat
 from fabriclite.planning.ledger import Ledger
 from fabriclite.planning.rules import Gathering, Replicated, Rule
 from fabriclite.planning.trace import Trace
 from fabriclite.planning.tracing import trace as trace
-from fabriclite.planning.values import Estimate, Kind, Memory, Moment
+from fabriclite.planning.values import KINDS, PHASES, Estimate, Kind, Memory, Moment
 from fabriclite.precision import Precision
 from fabriclite.strategy import StrategyConfig
 
@@ -37,8 +40,10 @@ def estimate(
     _check(trace, config, layout, precision)
     rule = rule_of(trace, layout)
     step = trace.steps[rule.computes_in]
-    device, host = _at_rest(trace, layout, rule)
-    ledger = Ledger(device)
+    device, host = at_rest(trace, layout)
+    stateful = host if layout.optimizer_on_host else device
+    stateful["optimizer"] = stateful.get("optimizer", 0) + _state(trace, layout, rule)
+    ledger = Ledger({**device, "input": trace.inputs})
     for beat in step.beats:
         ledger.phase, ledger.module = beat.phase, beat.module
         ledger.see(beat.peak)
@@ -84,48 +89,69 @@ def rule_of(trace: Trace, layout: Layout) -> Rule:
     """How ``layout`` spreads the traced model."""
     if layout.groups is not None:
         return Gathering(layout, trace.weights, layout.groups(trace.skeleton))
+    if layout.flat and layout.gathers:
+        return ByModule(layout, trace.weights, _own(trace.skeleton), trace.steps[layout.param_dtype].beats)
+    if layout.flat:
+        return Flat(layout, trace.weights)
     return Replicated(layout, trace.weights)
 
 
-def _at_rest(trace: Trace, layout: Layout, rule: Rule) -> tuple[dict[Kind, int], dict[Kind, int]]:
-    """What the first step leaves on the device and on the host, gradients apart."""
-    held = rule.resident()
-    state = _state(trace, layout, rule)
-    device: dict[Kind, int] = {
-        "parameters": held.get("parameters", 0),
-        "communication": held.get("communication", 0),
-        "optimizer": held.get("optimizer", 0) + (0 if layout.optimizer_on_host else state),
-        "buffers": trace.buffers,
-        "input": trace.inputs,
+def _own(module: nn.Module) -> dict[str, list[str]]:
+    """The parameters that each module holds itself, under their first names."""
+    first: dict[int, str] = {}
+    for name, param in module.named_parameters(remove_duplicate=False):
+        first.setdefault(id(param), name)
+    return {
+        name: [first[id(param)] for param in sub.parameters(recurse=False)]
+        for name, sub in module.named_modules(remove_duplicate=False)
     }
-    host: dict[Kind, int] = {
-        "parameters": held.get("host parameters", 0),
-        "optimizer": held.get("host optimizer", 0) + (state if layout.optimizer_on_host else 0),
-    }
-    return device, {kind: size for kind, size in host.items() if size}
+
+
+def at_rest(trace: Trace, layout: Layout) -> tuple[dict[Kind, int], dict[Kind, int]]:
+    """What set-up leaves on the device and on the host."""
+    device: dict[Kind, int] = {"buffers": trace.buffers}
+    host: dict[Kind, int] = {}
+    for name, size in rule_of(trace, layout).resident().items():
+        where = host if name.startswith("host ") else device
+        kind = name.removeprefix("host ")
+        assert kind in KINDS
+        where[kind] = where.get(kind, 0) + size
+    return device, host
 
 
 def _state(trace: Trace, layout: Layout, rule: Rule) -> int:
     """Bytes of the optimizer's state, of which ``layout.master`` makes float32 what is like the parameters."""
     kept, elements = trace.optimizing, rule.stepped()
-    width = 4 if layout.master else layout.param_dtype.itemsize
-    trained = sum(weight.trainable for weight in trace.weights)
-    return round(elements * (kept.like * width + kept.other) + kept.fixed * trained)
+    stepped = 1 if rule.together else sum(weight.trainable for weight in trace.weights)
+    return round(elements * (kept.like * _width(layout) + kept.other) + kept.fixed * stepped)
 
 
-def _step(trace: Trace, layout: Layout, rule: Rule, ledger: Ledger, host: Mapping[Kind, int]) -> None:
+def _width(layout: Layout) -> int:
+    """Bytes of an element that the optimizer steps."""
+    return 4 if layout.master else layout.param_dtype.itemsize
+
+
+def _step(trace: Trace, layout: Layout, rule: Rule, ledger: Ledger, host: dict[Kind, int]) -> None:
     ledger.phase, ledger.module = "step", ""
     ledger.see(ledger.own)
+    ledger.keep()
     rule.step(ledger)
-    if not layout.optimizer_on_host:
-        width = 4 if layout.master else layout.param_dtype.itemsize
-        ledger.pass_by("temporary", round(trace.optimizing.temporary * rule.stepped() * width))
-    rule.stepping(ledger)
+    share = trace.optimizing.together if rule.together else trace.optimizing.temporary
+    temporary = round(share * rule.stepped() * _width(layout))
+    if layout.optimizer_on_host:
+        host["temporary"] = temporary
+    else:
+        ledger.pass_by("temporary", temporary)
     ledger.keep()
 
 
 def thinned(moments: Sequence[Moment]) -> tuple[Moment, ...]:
-    """At most ``_MOMENTS`` of ``moments``: of each stretch the highest."""
+    """About ``_MOMENTS`` of ``moments``: of each stretch of a phase the highest, and all of the optimizer's step."""
     size = -(-len(moments) // _MOMENTS)
-    parts = [moments[i : i + size] for i in range(0, len(moments), size or 1)]
-    return tuple(max(part, key=lambda moment: moment.memory.total) for part in parts)
+    kept: list[Moment] = []
+    for phase in PHASES:
+        own = [moment for moment in moments if moment.phase == phase]
+        each = 1 if phase == "step" else size
+        parts = [own[i : i + each] for i in range(0, len(own), each or 1)]
+        kept += [max(part, key=lambda moment: moment.memory.total) for part in parts]
+    return tuple(kept)

@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import final
 
 import torch
@@ -24,22 +23,24 @@ class Rule(ABC):
 
     @abstractmethod
     def resident(self) -> dict[str, int]:
-        """Bytes that are held from set-up on: ``parameters``, ``communication``, ``optimizer`` (masters), on device;
-        ``host parameters``, ``host optimizer``, on the host."""
+        """Bytes that are held from set-up on, by kind; those with ``"host "`` before it in host memory. Masters are of
+        the kind ``optimizer``; its state comes with the first step."""
 
     @abstractmethod
     def stepped(self) -> int:
         """Elements that this rank's optimizer steps."""
 
+    @property
+    def together(self) -> bool:
+        """Whether it steps them as one tensor."""
+        return False
+
     @abstractmethod
     def at(self, mark: Mark, ledger: Ledger) -> None:
         """What happens at ``mark``."""
 
-    def step(self, ledger: Ledger) -> None:
+    def step(self, ledger: Ledger) -> None:  # noqa: B027  most do nothing
         """What happens between backward and the optimizer's own step."""
-
-    def stepping(self, ledger: Ledger) -> None:
-        """What happens after it."""
 
 
 @final
@@ -249,7 +250,3 @@ class Gathering(Rule):
                 ledger.free("communication", unit.gathered)
         self._reducing = 0
 
-
-def padded(shape: tuple[int, ...], ranks: int) -> int:
-    """Elements of all parts together when the first dimension is cut over ``ranks``, each as large as the largest."""
-    return -(-shape[0] // ranks) * ranks * prod(shape[1:]) if shape else 1

@@ -116,12 +116,14 @@ class Optimizing:
         other: bytes of states of another dtype that grow with the parameter.
         fixed: bytes of state per parameter that do not grow with it.
         temporary: elements held at the peak of a step beside state and gradients.
+        together: the same, where all is one tensor.
     """
 
     like: float
     other: float
     fixed: float
     temporary: float
+    together: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

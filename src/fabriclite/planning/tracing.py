@@ -165,17 +165,10 @@ def _optimizing(module: nn.Module, make: MakeOptimizer, device: torch.device) ->
     """What the optimizer takes, on tensors of ``device``: which decides whether it steps all parameters at once."""
     params = [nn.Parameter(_plain(param, device)) for param in module.parameters() if param.requires_grad]
     if not params:
-        return Optimizing(like=0.0, other=0.0, fixed=0.0, temporary=0.0)
+        return Optimizing(like=0.0, other=0.0, fixed=0.0, temporary=0.0, together=0.0)
     elements = sum(param.numel() for param in params)
-    optimizer = make(params)
-    for param in params:
-        param.grad = torch.empty_like(param)
-    recorder = Recorder((), 1)
-    for param in params:
-        recorder.ignore(param)
-        recorder.ignore(_grad(param))
-    with recorder:
-        _run_step(optimizer)
+    optimizer, temporary = _stepped(params, make)
+    whole = nn.Parameter(torch.empty(elements, dtype=params[0].dtype, device=device))
     like = other = fixed = 0
     for param in params:
         for state in _torch.tree_leaves(dict(optimizer.state.get(param, {}))):
@@ -191,13 +184,22 @@ def _optimizing(module: nn.Module, make: MakeOptimizer, device: torch.device) ->
         like=like / elements,
         other=other / elements,
         fixed=fixed / len(params),
-        temporary=recorder.most_temporary() / elements / params[0].dtype.itemsize,
+        temporary=temporary / elements,
+        together=_stepped([whole], make)[1] / elements,
     )
 
 
-def _grad(param: nn.Parameter) -> Tensor:
-    assert param.grad is not None
-    return param.grad
+def _stepped(params: list[nn.Parameter], make: MakeOptimizer) -> tuple[Optimizer, float]:
+    """An optimizer after its first step, and how many elements that held at most beside state and gradients."""
+    optimizer = make(params)
+    recorder = Recorder((), 1)
+    for param in params:
+        param.grad = torch.empty_like(param)
+        recorder.ignore(param)
+        recorder.ignore(param.grad)
+    with recorder:
+        _run_step(optimizer)
+    return optimizer, recorder.most_temporary() / params[0].dtype.itemsize
 
 
 def _plain(param: nn.Parameter, device: torch.device) -> Tensor:

@@ -34,6 +34,8 @@ class _Dtypes(TypedDict):
     grad_dtype: torch.dtype
 
 
+ZERO_BUCKET: Final = 200_000_000
+"""Elements of ZeRO's communication bucket at most; DeepSpeed's own default (5e8) takes 2 GB of float32."""
 _ALL: Final[frozenset[PrecisionName]] = frozenset(NAMES)
 DEFAULT_TIMEOUT: Final = timedelta(minutes=30)
 
@@ -365,10 +367,21 @@ class DeepSpeedStrategy:
             shards_gradients=self.stage >= 2,
             shards_optimizer=True,
             gathers=self.stage == 3,
-            master=precision.half,
+            flat=True,
+            # DeepSpeed's own defaults, which the engine's JSON leaves as they are
+            persistent_numel=100_000,
+            ahead_numel=50_000_000,
+            reuse_numel=1_000_000_000,
+            live_numel=1_000_000_000,
+            flat_numel=1_000_000_000,
+            bucket_numel=ZERO_BUCKET,
+            master=True,  # also of float32 parameters
             parameters_on_host=self.offload_parameters,
             optimizer_on_host=self.offload_optimizer,
-            **_dtypes(precision),
+            param_dtype=precision.param_dtype,
+            compute_dtype=precision.param_dtype,  # mixed precision is autocast over float32 parameters
+            reduce_dtype=precision.reduce_dtype,
+            grad_dtype=precision.param_dtype,
         )
 
     def split(self, module: nn.Module, size: int) -> nn.Module:
