@@ -122,7 +122,7 @@ def test_states_follow_the_zero_paper_s_formulae(psi: int, n: int) -> None:
         (DeepSpeedStrategy(stage=1), "bf16-true", 4 + 12 / 64),
         (DeepSpeedStrategy(stage=2), "bf16-true", 2 + 14 / 64),
         (DeepSpeedStrategy(stage=3), "bf16-true", 16 / 64),
-        (DeepSpeedStrategy(stage=3), "bf16-mixed", 16 / 64),
+        (DeepSpeedStrategy(stage=3), "bf16-mixed", 20 / 64),  # ZeRO keeps masters beside float32 parameters too
         (ModelParallelStrategy(tensor_parallel_size=8), "bf16-true", 8 / 64),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, str | float | int) else type(value).__name__,

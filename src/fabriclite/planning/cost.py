@@ -54,7 +54,9 @@ def bound(estimate: Estimate, hardware: Hardware) -> Bound:
     links: dict[Link, float] = {}
     for item in estimate.traffic:
         if item.seconds is not None:
-            links[item.link] = links.get(item.link, 0.0) + item.seconds
+            before = links.get(item.link, 0.0)
+            # What goes to the host and what comes from there, an item each, goes at one time.
+            links[item.link] = max(before, item.seconds) if item.link == "host" else before + item.seconds
     computed = None if hardware.flops is None or estimate.flops is None else estimate.flops / hardware.flops
     waiting = sum(item.seconds or 0.0 for item in estimate.traffic if TENSOR in item.what)
     return Bound(compute=computed, links=links, waiting=waiting)

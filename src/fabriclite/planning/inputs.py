@@ -57,8 +57,8 @@ def guess(model: nn.Module) -> Inputs:
     if isinstance(first, nn.Embedding) and names:
         return lambda batch, sequence: ((_ids(model, batch, sequence),), {})
     if isinstance(first, nn.Linear) and names:
-        width, dtype = first.in_features, first.weight.dtype
-        return lambda batch, sequence: ((torch.zeros(*_lead(batch, sequence), width, dtype=dtype),), {})
+        width = first.in_features
+        return lambda batch, sequence: ((torch.zeros(*_lead(batch, sequence), width),), {})
     raise ConfigError(
         f"`inputs` must be given for {type(model).__name__}, whose forward({', '.join(names)}) does not say what it"
         f" takes. {_FORM}"

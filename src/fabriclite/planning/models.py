@@ -63,11 +63,15 @@ class _Maker:
     def loss(self, output: Any) -> Tensor:
         return default_loss(output) if self._loss is None else self._loss(output)
 
-    def is_block(self, name: str, module: nn.Module) -> bool:
+    def build_of_blocks(self) -> nn.Module:
+        model = self.build()
         if not self._blocks:
             raise ConfigError(
                 f"`checkpointing` must be of a model with repeated blocks, but {self.name} has none. Leave it out."
             )
+        return model
+
+    def is_block(self, name: str, module: nn.Module) -> bool:
         return name in self._blocks
 
 
@@ -120,7 +124,7 @@ def model_of(model: object, inputs: Any = None, *, loss: Loss | None = None, nam
 
 def _model(maker: _Maker) -> Model:
     plain = Subject(name=maker.name, build=maker.build, inputs=maker.inputs, loss=maker.loss)
-    return Model(plain, replace(plain, checkpointed=maker.is_block))
+    return Model(plain, replace(plain, build=maker.build_of_blocks, checkpointed=maker.is_block))
 
 
 def _blocks(model: nn.Module) -> frozenset[str]:
@@ -255,7 +259,7 @@ def _copied(model: nn.Module, device: str) -> nn.Module:
     """A copy with new tensors on ``device``; nothing of the model is read."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device).zero_()
         learned = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if learned else empty
+        memo[id(tensor)] = nn.Parameter(new, requires_grad=tensor.requires_grad) if learned else new
     return copy.deepcopy(model, memo)

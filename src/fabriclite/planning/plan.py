@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from fabriclite.layout import Layout
 from fabriclite.planning import text
@@ -197,12 +197,16 @@ def alike(by_module: Mapping[str, int]) -> list[tuple[str, list[int]]]:
     return sorted(found.items(), key=lambda item: -sum(item[1]))
 
 
+_SPOKEN: Final = frozenset({"stage"})
+"""Said also where they are at their default: the class alone does not tell people what it is."""
+
+
 def code(value: Any) -> str:
-    """A frozen dataclass as the code that makes it, without what is left at its default."""
+    """A frozen dataclass as the code that makes it, mostly without what is left at its default."""
     said = (
         f"{field.name}={getattr(value, field.name)!r}"
         for field in fields(value)
-        if field.repr and getattr(value, field.name) != field.default
+        if field.name in _SPOKEN or getattr(value, field.name) != field.default
     )
     return f"{type(value).__name__}({', '.join(said)})"
 

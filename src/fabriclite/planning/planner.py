@@ -126,11 +126,27 @@ def parcels_of(traced: Trace, layout: Layout) -> list[Parcel]:
     """What travels together under ``layout``: its groups where it gathers, else the model as one."""
     weights = traced.named()
     if layout.groups is None:
-        return [_parcel(list(weights.values()), root=False, wire=None)]
+        kept, freed = _kept(traced.weights, layout)
+        return [_parcel(kept, root=True, wire=None), _parcel(freed, root=False, wire=None)]
     return [
         _parcel([weights[name] for name in group.parameters], root=group.module == "", wire=group.dtype)
         for group in layout.groups(traced.skeleton)
     ]
+
+
+def _kept(weights: Sequence[Weight], layout: Layout) -> tuple[list[Weight], list[Weight]]:
+    """What stays gathered from forward to backward where modules gather their own, and what does not.
+
+    Small parameters stay, and what is used again soon: between its two uses all that comes after it is used twice.
+    """
+    kept: list[Weight] = []
+    freed: list[Weight] = []
+    left = sum(weight.numel for weight in weights)
+    for weight in weights:
+        soon = 2 * left <= layout.reuse_numel or weight.numel < layout.persistent_numel
+        (kept if soon else freed).append(weight)
+        left -= weight.numel
+    return kept, freed
 
 
 def _parcel(weights: Sequence[Weight], root: bool, wire: torch.dtype | None) -> Parcel:
