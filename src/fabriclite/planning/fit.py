@@ -36,7 +36,7 @@ def largest(peak: Callable[[int], int], memory: int, unit: int = 1, limit: int =
     """The largest multiple of ``unit`` whose peak is at most ``memory``.
 
     The peak is taken to grow with the size. Between a size that fits and one that does not, the next look is where a
-    straight line between their peaks crosses ``memory``.
+    straight line between their peaks crosses ``memory``, or half way.
 
     Args:
         peak: bytes at a size.
@@ -62,14 +62,16 @@ def largest(peak: Callable[[int], int], memory: int, unit: int = 1, limit: int =
         reach = low + int((memory - seen[low]) / rise) if rise > 0 else most
         high = min(max(reach + 1, low + 1), low * 16)
     high = min(high, most + 1)
+    straight = True
     while high - low > 1:
         rise = (seen[high] - seen[low]) / (high - low) if high in seen else 0
-        guess = low + int((memory - seen[low]) / rise) if rise > 0 else (low + high) // 2
+        guess = low + int((memory - seen[low]) / rise) if straight and rise > 0 else (low + high) // 2
         guess = min(max(guess, low + 1), high - 1)
-        if look(guess) <= memory:
-            low = guess
-            if low + 1 < high and look(low + 1) > memory:
-                high = low + 1
-        else:
+        straight = not straight  # by turns with halves: where peaks bend, lines come near from one side, in small steps
+        if look(guess) > memory:
             high = guess
+            continue
+        low = guess
+        if low + 1 < high and not straight and look(low + 1) > memory:
+            high = low + 1
     return low * unit
