@@ -16,6 +16,7 @@ from fabriclite.birth.plan import InitPlan, enter
 from fabriclite.birth.settle import settled
 from fabriclite.errors import ConfigError
 from fabriclite.launch.process_group import pretended
+from fabriclite.planning.recorder import Recorder
 from fabriclite.planning.subject import Subject
 from fabriclite.precision import Precision
 from fabriclite.shards import local
@@ -31,10 +32,12 @@ class Built:
     Attributes:
         module: of fake tensors, which one step can be run with.
         skeleton: on the meta device, before it was split.
+        building: the most bytes that its constructor held, were they real.
     """
 
     module: nn.Module
     skeleton: nn.Module
+    building: int
 
 
 @contextmanager
@@ -64,7 +67,8 @@ def built(
             f"Tensor parallelism over {tensor} ranks must be planned before a process group exists, but one does."
             " Plan before `launch`, or in a process of its own."
         )
-    with torch.random.fork_rng(devices=[]), enter(InitPlan.of(record=True, device=CPU, dtype=precision.param_dtype)):
+    plan, births = InitPlan.of(record=True, device=CPU, dtype=precision.param_dtype), Recorder((), 1)
+    with torch.random.fork_rng(devices=[]), enter(plan), births:
         module = subject.build()
     _check(module)
     with settled(module, None, precision) as (module, _):
@@ -75,7 +79,7 @@ def built(
                 module = config.split(module, tensor)
             with fake:
                 _fake_all(module, device)
-            yield Built(module, skeleton)
+            yield Built(module, skeleton, births.most())
 
 
 def _check(module: object) -> None:

@@ -10,6 +10,7 @@ from fabriclite.layout import Layout
 from fabriclite.planning.flat import ByModule, Flat
 from fabriclite.planning.ledger import Ledger
 from fabriclite.planning.rules import Gathering, Replicated, Rule
+from fabriclite.planning.setup import setup_peaks
 from fabriclite.planning.trace import Trace
 from fabriclite.planning.tracing import trace as trace
 from fabriclite.planning.values import KINDS, PHASES, Estimate, Kind, Memory, Moment
@@ -41,8 +42,10 @@ def estimate(
     rule = rule_of(trace, layout)
     step = trace.steps[rule.computes_in]
     device, host = at_rest(trace, layout)
+    state = _state(trace, layout, rule)
+    before = setup_peaks(trace, layout, device, 0 if layout.optimizer_on_host else state, rule.stepped())
     stateful = host if layout.optimizer_on_host else device
-    stateful["optimizer"] = stateful.get("optimizer", 0) + _state(trace, layout, rule)
+    stateful["optimizer"] = stateful.get("optimizer", 0) + state
     ledger = Ledger({**device, "input": trace.inputs})
     for beat in step.beats:
         ledger.phase, ledger.module = beat.phase, beat.module
@@ -60,7 +63,7 @@ def estimate(
         ranks_per_node=ranks_per_node,
         batch=trace.batch,
         sequence=trace.sequence,
-        peaks=ledger.peaks,
+        peaks={**before, **ledger.peaks},
         timeline=thinned(ledger.moments),
         host=Memory(host),
         flops=step.flops,

@@ -55,9 +55,16 @@ class Recorder(_torch.DispatchMode):
         found = self._alive.get(_torch.storage_key(inner))
         return None if found is None or found[1] < 0 else (found[1], self._bytes(inner.untyped_storage()))
 
+    def most(self) -> int:
+        """The most bytes that were held at once."""
+        return self._most(set())
+
     def most_temporary(self) -> int:
         """The most bytes that were held at once of what is gone at the end."""
-        kept, now, peak = _alive_after(self.events), 0, 0
+        return self._most(_alive_after(self.events))
+
+    def _most(self, kept: set[int]) -> int:
+        now = peak = 0
         for event in self.events:
             if not isinstance(event, Mark) and event[0] not in kept:
                 now += event[1]

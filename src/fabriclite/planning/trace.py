@@ -139,6 +139,7 @@ class Trace:
         simulated: type of the device whose kernels were traced; another one where this torch cannot trace ``device``.
         weights: parameters, each once.
         buffers: bytes of the model's buffers.
+        building: the most bytes that the constructor held, were its tensors real.
         inputs: bytes of one batch.
         steps: by the dtype that parameters of ``precision.param_dtype`` compute in when they are gathered.
         optimizing: what the optimizer takes.
@@ -154,6 +155,7 @@ class Trace:
     simulated: str
     weights: tuple[Weight, ...]
     buffers: int
+    building: int
     inputs: int
     steps: Mapping[torch.dtype, Step]
     optimizing: Optimizing

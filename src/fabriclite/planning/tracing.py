@@ -53,7 +53,7 @@ def trace(
     _check_sizes(batch, sequence, tensor)
     simulated = device if device == "cpu" or torch.cuda.is_available() else "cpu"
     place, fake, steps = torch.device(simulated), _torch.fake_mode(), {}
-    with building.built(subject, precision, tensor, config, fake, place) as (found):
+    with building.built(subject, precision, tensor, config, fake, place) as found:
         weights = _weights(found.module)
         buffers = sum({id(b): local(b).nbytes for b in found.module.buffers()}.values())
         _recompute(found.module, subject.recomputed(found.module))
@@ -75,6 +75,7 @@ def trace(
             simulated=simulated,
             weights=weights,
             buffers=buffers,
+            building=found.building,
             inputs=inputs,
             steps=steps,
             optimizing=optimizing,
