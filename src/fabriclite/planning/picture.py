@@ -21,6 +21,8 @@ _COLOURS: Final[Mapping[Kind, str]] = {
     "temporary": "#D55E00",
 }
 """The steadiest at the bottom."""
+_PAPER: Final = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}
+"""Behind words that a line may cross."""
 
 
 def draw(plan: Plan, path: str | Path) -> None:
@@ -81,6 +83,7 @@ def _draw_bars(axes: Any, plan: Plan, kinds: Sequence[Kind], scale: int) -> None
             va="bottom",
             fontweight="bold" if highest else "normal",
             fontsize=9,
+            bbox=_PAPER,
         )
     axes.set_title("At most in each phase", fontsize=10)
     _tidy(axes)
@@ -115,6 +118,7 @@ def _draw_step(axes: Any, timeline: Sequence[Moment], kinds: Sequence[Kind], sca
         va="bottom",
         fontsize=9,
         fontweight="bold",
+        bbox=_PAPER,
     )
 
 

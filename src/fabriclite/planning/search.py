@@ -64,7 +64,19 @@ class Layouts:
         return [
             Table(f"These fit, the cheapest first{more}", head, rows),
             Table("These do not", ("strategy", "with least memory", "why"), reasons),
+            Table("Notes", (), self._notes()),
         ]
+
+    def _notes(self) -> tuple[tuple[str, ...], ...]:
+        if not self.fitting:
+            return ()
+        speeds = self.fitting[0].hardware
+        rates = (("others of its machine", speeds.node), ("other machines", speeds.network), ("its host", speeds.host))
+        links = ", ".join(f"{rate / 1e9:.4g} GB/s to {to}" for to, rate in rates if rate)
+        return (
+            (f"Times are for {(speeds.flops or 0) / 1e12:.4g} TFLOP/s a device, and {links}: say those of yours.",),
+            ("They are bounds from below: real steps take longer. What an offloaded optimizer takes is not in them.",),
+        )
 
     def __str__(self) -> str:
         return text.plain(self.tables())
