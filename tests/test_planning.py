@@ -4,6 +4,7 @@ What an estimate says of memory is compared with measured peaks elsewhere (tests
 """
 
 import json
+import os
 import random
 import re
 import resource
@@ -44,6 +45,7 @@ from fabriclite.planning.static import MOMENTS, moments, states
 from fabriclite.planning.traffic import Axis, Parcel, of_data_parallelism, timed, to_host
 from fabriclite.planning.values import Traffic
 
+GUIDE = Path(__file__).parent.parent / "docs" / "guides" / "planning.md"
 GB = 10**9
 LLAMA_2_7B = 6_738_415_616
 LLAMA_2_70B = 68_976_648_192
@@ -135,17 +137,35 @@ def test_states_of_published_shapes(config: Any, precision: str, per_parameter: 
 
 def test_the_published_shape_has_these_parameters() -> None:
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=32000,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-    )
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config)
-    assert sum(p.numel() for p in model.parameters()) == LLAMA_2_70B  # that of 7B: test_no_weights_are_allocated
+    counts = []
+    for layers in (1, 2):
+        config = transformers.LlamaConfig(
+            vocab_size=32000,
+            hidden_size=8192,
+            intermediate_size=28672,
+            num_hidden_layers=layers,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+        )
+        with torch.device("meta"):
+            model = transformers.LlamaForCausalLM(config)
+        counts.append(sum(p.numel() for p in model.parameters()))
+    assert counts[0] + 79 * (counts[1] - counts[0]) == LLAMA_2_70B  # of 7B: test_no_weights_are_allocated
+
+
+def test_the_guide_s_table_of_states_is_what_comes_out() -> None:
+    """``| strategy | precision | 7B | 70B | GPT-3 |`` in GB, 64 ranks."""
+    rows = re.findall(r"^\| (DDP|FSDP|FSDP, shards of 8|ZeRO \d) \| (\S+) \| (.*) \|$", GUIDE.read_text(), re.MULTILINE)
+    assert len(rows) == 9
+    for name, precision, cells in rows:
+        config = {
+            "DDP": DDPStrategy(),
+            "FSDP": FSDPStrategy(),
+            "FSDP, shards of 8": FSDPStrategy(device_mesh=(8, 8)),
+        }.get(name) or DeepSpeedStrategy(stage=int(name[-1]))
+        for cell, parameters in zip(cells.split(" | "), (LLAMA_2_7B, LLAMA_2_70B, GPT_3), strict=True):
+            ours = states(layout(config, 64, precision), parameters).device.total / GB
+            assert float(cell) == pytest.approx(ours, rel=0.005), (name, precision)
 
 
 def test_offloaded_states_lie_on_the_host() -> None:
@@ -594,6 +614,19 @@ def test_a_70b_shape_on_eight_devices() -> None:
     assert prices == sorted(prices)
 
 
+@pytest.mark.skipif(not os.environ.get("FULL"), reason="two minutes; asked for by FULL=1")
+def test_llama_70b_on_64_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64)
+    path = tiny(tmp_path, **shape, num_key_value_heads=8, vocab_size=32000)
+    words = ("--devices", "64", "--per-node", "8", "--memory", "80GB", "--batch", "1", "--sequence", "4096", "--json")
+    assert run("--hf-config", str(path), *words, "--precision", "bf16-true") == 0
+    found = json.loads(capsys.readouterr().out)
+    fitting = {each["strategy"]: each for each in found["fitting"]}
+    assert fitting["FSDPStrategy()"]["parameters"] == LLAMA_2_70B
+    assert fitting["FSDPStrategy()"]["checkpointing"]
+    assert {"DDPStrategy()", "DeepSpeedStrategy(stage=1)"} <= {each["strategy"] for each in found["refused"]}
+
+
 def test_checkpointing_is_looked_at_where_nothing_else_fits() -> None:
     wide = dict(width=64, depth=6)
     free = plan(lambda: Stack(**wide), strategy="fsdp", devices=2, batch=64, precision="bf16-true")
@@ -660,6 +693,8 @@ def test_a_plan_prints_tables() -> None:
     assert any(
         "A rule of thumb of the field asks for lazy initialisation where 4 x billions" in n for n in big.estimate.notes
     )
+    if not torch.cuda.is_available():
+        assert any("Kernels of cpu were looked at, since this torch has none of cuda" in n for n in big.estimate.notes)
     away = plan(Stack, strategy=FSDPStrategy(cpu_offload=True), devices=8, batch=1)
     assert any("Offloading keeps" in note and "a machine" in note for note in away.estimate.notes)
 
@@ -688,6 +723,18 @@ def test_the_command_plans_one(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert run(*words, "--memory", "100KB") == 1
     assert "It does not fit in 97.7 KiB: " in capsys.readouterr().out
+
+
+def test_on_a_terminal_there_are_grids(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "140")
+    assert run("torch.nn:Linear", "--config", '{"in_features": 4, "out_features": 2}', "--strategy", "ddp") == 0
+    shown = capsys.readouterr().out
+    assert "┃" in shown
+    assert "Linear: 10 parameters, DDPStrategy(), 32-true, adamw, 1 process, batch 1 a rank" in shown
+    assert "backward" in shown
 
 
 def test_the_command_searches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -721,7 +768,7 @@ def test_the_command_s_json_holds_what_it_promises(tmp_path: Path, capsys: pytes
     assert (found["memory"], found["fits"], found["batch"]) == (2**30, True, 7)
     assert found["peak"] == max(sum(m["memory"]["by_kind"].values()) for m in found["peaks"].values())
     assert {"model", "precision", "world_size", "ranks_per_node", "timeline", "host", "traffic", "flops", "by_module",
-            "notes", "bound", "checkpointing", "optimizer", "sequence"} <= set(found)  # fmt: skip
+            "notes", "bound", "hardware", "checkpointing", "optimizer", "sequence"} <= set(found)  # fmt: skip
     assert {"what", "link", "bytes", "calls", "seconds"} == set(found["traffic"][0])
 
 

@@ -217,7 +217,7 @@ def _hardware(arguments: argparse.Namespace) -> "Hardware":
 
 
 def _show(tables: "Sequence[Table]") -> None:
-    shown = [table for table in tables if table.rows]
+    shown = [table.dense() for table in tables if table.rows]
     if not _print_tables(shown):
         from fabriclite.planning import text
 
@@ -236,10 +236,11 @@ def _print_tables(tables: "Sequence[Table]") -> bool:
         return False
     console = Console()
     for table in tables:
-        grid: Any = Grid(title=Text(table.title, style="bold"), title_justify="left", show_header=bool(table.head))
+        console.print(Text(table.title, style="bold"))
+        grid: Any = Grid(show_header=bool(table.head))
         for number, name in enumerate(table.head or ("",)):
             grid.add_column(name, justify="right" if table.head and table.numbers(number) else "left", overflow="fold")
         for row in table.rows:
-            grid.add_row(*map(Text, row), style="bold" if row[0].endswith("(peak)") else "")
+            grid.add_row(*map(Text, row), style="bold" if row[0] == "total" else "")
         console.print(grid)
     return True

@@ -5,12 +5,18 @@ from collections.abc import Iterator
 from fabriclite.layout import Layout
 from fabriclite.planning.hardware import Hardware
 from fabriclite.planning.text import size
+from fabriclite.planning.trace import Trace
 from fabriclite.planning.values import Estimate
 
 
-def notes(estimate: Estimate, layout: Layout, hardware: Hardware, unread: bool) -> tuple[str, ...]:
-    """Advice on one estimate. ``unread``: tensor parallelism sends what was not counted."""
+def notes(estimate: Estimate, layout: Layout, hardware: Hardware, traced: Trace, unread: bool) -> tuple[str, ...]:
+    """Advice on one estimate of ``traced``. ``unread``: tensor parallelism sends what was not counted."""
     found = [*_rule_of_thumb(estimate, hardware), *_states(layout), *_host(estimate)]
+    if traced.simulated != traced.device:
+        found.append(
+            f"Kernels of {traced.simulated} were looked at, since this torch has none of {traced.device}: attention and"
+            " fused operations may keep other things there."
+        )
     if unread:
         found.append("What tensor parallelism sends is not all counted: its plan holds more than columns and rows.")
     return tuple(found)

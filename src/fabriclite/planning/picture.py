@@ -79,6 +79,8 @@ def _draw_bars(axes: Any, plan: Plan, kinds: Sequence[Kind], scale: int) -> None
         axes.annotate(
             f"peak {top:.1f}" if highest else f"{top:.1f}",
             (place, top),
+            (0, 3),
+            textcoords="offset points",
             ha="center",
             va="bottom",
             fontweight="bold" if highest else "normal",

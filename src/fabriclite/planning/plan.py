@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -85,6 +85,7 @@ class Plan:
             "checkpointing": self.choice.checkpointing,
             "optimizer": self.optimizer,
             "memory": self.hardware.memory,
+            "hardware": asdict(self.hardware),
             "fits": self.fits,
             "bound": {
                 "step": self.bound.step,
@@ -139,15 +140,15 @@ class Plan:
         )
 
     def _memory(self) -> Table:
-        peaks = self.estimate.peaks
-        kinds = [kind for kind in KINDS if any(moment.memory.by_kind.get(kind, 0) for moment in peaks.values())]
-        rows = []
-        for phase in PHASES:
-            if phase in peaks:
-                held = peaks[phase].memory
-                mark = " (peak)" if held.total == self.peak else ""
-                rows.append((phase + mark, *(size(held.by_kind.get(kind, 0)) for kind in kinds), size(held.total)))
-        return Table(f"{self.title}\n{self._verdict()}", ("at most in", *kinds, "total"), tuple(rows))
+        peaks = {phase: self.estimate.peaks[phase].memory for phase in PHASES if phase in self.estimate.peaks}
+        rows = [
+            (kind, *(size(held.by_kind.get(kind, 0)) for held in peaks.values()))
+            for kind in KINDS
+            if any(held.by_kind.get(kind, 0) for held in peaks.values())
+        ]
+        rows.append(("total", *(size(held.total) for held in peaks.values())))
+        head = (f"{phase}{' (peak)' if held.total == self.peak else ''}" for phase, held in peaks.items())
+        return Table(f"{self.title}\n{self._verdict()}", ("at most in", *head), tuple(rows))
 
     def _verdict(self) -> str:
         if self.hardware.memory is None:

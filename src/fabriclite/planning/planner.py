@@ -65,7 +65,7 @@ class Planner:
         sent = of_data_parallelism(parcels, layout, per_node) + to_host(parcels, layout)
         sent += products.traffic(traced, config, layout, per_node, recomputed)
         made = replace(made, traffic=timed(sent, self.hardware))
-        said = advice.notes(made, layout, self.hardware, products.unread(traced, config, layout))
+        said = advice.notes(made, layout, self.hardware, traced, products.unread(traced, config, layout))
         made = replace(made, notes=(*made.notes, *said))
         return Plan(
             choice=choice,

@@ -10,9 +10,7 @@ from fabriclite.planning.values import Kind, Memory, Moment, Phase
 _MASTER: Final = 4
 
 
-def setup_peaks(
-    trace: Trace, layout: Layout, device: Mapping[Kind, int], state: int, part: int
-) -> dict[Phase, Moment]:
+def setup_peaks(trace: Trace, layout: Layout, device: Mapping[Kind, int], state: int, part: int) -> dict[Phase, Moment]:
     """The highest moments of set-up and of loading a checkpoint with the optimizer's state.
 
     Args:
@@ -36,7 +34,7 @@ def setup_peaks(
         begun = Memory({"parameters": built, "buffers": trace.buffers})
     ended = Memory({**resting.by_kind, "temporary": extra})
     highest = max((m for m in (begun, ended) if m is not None), key=lambda memory: memory.total)
-    largest = max((w.rows(layout.shard if layout.shards_parameters else 1) * w.dtype.itemsize for w in trace.weights))
+    largest = max(w.rows(layout.shard if layout.shards_parameters else 1) * w.dtype.itemsize for w in trace.weights)
     loading = {**resting.by_kind, "temporary": largest}
     loading["optimizer"] = loading.get("optimizer", 0) + state
     return {"init": Moment("init", "", highest), "load": Moment("load", "", Memory(loading))}

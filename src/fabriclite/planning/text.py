@@ -15,6 +15,15 @@ class Table(NamedTuple):
         """Whether a column holds numbers, with or without units, and is to be aligned on the right."""
         return column > 0 and all(row[column][:1] in "+-x0123456789" for row in self.rows)
 
+    def dense(self) -> "Table":
+        """Without columns that hold nothing: times, where no speed was given."""
+        kept = [n for n in range(len(self.head)) if any(row[n] for row in self.rows)]
+        if not self.head:
+            return self
+        return Table(
+            self.title, tuple(self.head[n] for n in kept), tuple(tuple(row[n] for n in kept) for row in self.rows)
+        )
+
 
 def size(count: float) -> str:
     """Bytes, in the largest unit of which there is one."""
@@ -44,7 +53,7 @@ def seconds(value: float | None) -> str:
 
 def plain(tables: Sequence[Table]) -> str:
     """All of them, aligned by spaces."""
-    return "\n\n".join(_plain(table) for table in tables if table.rows)
+    return "\n\n".join(_plain(table) for table in map(Table.dense, tables) if table.rows)
 
 
 def _plain(table: Table) -> str:
