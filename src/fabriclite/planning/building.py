@@ -157,7 +157,9 @@ def fake_inputs(subject: Subject, batch: int, sequence: int | None, device: torc
         ConfigError: ``inputs`` gave something else.
     """
     given = subject.inputs(batch, sequence)
-    if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], tuple) and isinstance(given[1], dict)):
+    if not (
+        isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], tuple) and isinstance(given[1], dict)
+    ):
         raise ConfigError(
             f"`inputs` must return (args, kwargs), a tuple and a dictionary, but returned {type(given).__name__}."
             " Example: lambda batch, sequence: ((tokens,), {})."

@@ -249,4 +249,3 @@ class Gathering(Rule):
             if unit.on_the_way:
                 ledger.free("communication", unit.gathered)
         self._reducing = 0
-
