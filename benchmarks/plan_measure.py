@@ -48,7 +48,9 @@ def counted(program: str, arguments: list[str]) -> None:
         return
     library = Path(tempfile.mkdtemp(prefix="plan-"), "allocations.so")
     source = Path(__file__).with_name("plan_allocations.c")
-    subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, source, "-ldl", "-lpthread"], check=True, timeout=60)
+    subprocess.run(
+        ["cc", "-O2", "-shared", "-fPIC", "-o", library, source, "-ldl", "-lpthread"], check=True, timeout=60
+    )
     os.environ["LD_PRELOAD"] = str(library)
     os.execv(sys.executable, [sys.executable, program, *arguments])
 

@@ -396,7 +396,7 @@ def fake_store() -> Any:
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    return FakeStore()  # type: ignore[no-untyped-call]
+    return FakeStore()
 
 
 def async_tensor() -> type:
@@ -409,3 +409,13 @@ def async_tensor() -> type:
 def is_batch_norm(module: nn.Module) -> bool:
     """``torch.nn.modules.batchnorm._BatchNorm``: the base of all of them, which has no public name."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def foreach(optimizer: torch.optim.Optimizer) -> None:
+    """Let ``optimizer`` step all parameters at once, as it does by itself on CUDA: its groups' ``"foreach"``.
+
+    Tensors that only say that they are on CUDA are of a class for which it would not.
+    """
+    for group in optimizer.param_groups:
+        if group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = True

@@ -48,7 +48,7 @@ class Flat(Rule):
         if not self._layout.optimizer_on_host:
             return {**found, "optimizer": masters}
         largest = max((w.numel for w in self._trained), default=0) * self._width
-        # On the host: masters, their gradients and a copy in the parameters' dtype; a gradient on its way on both sides.
+        # The host has masters, their gradients, a copy in the parameters' dtype; both have a gradient on its way.
         return {
             **found,
             "communication": largest,

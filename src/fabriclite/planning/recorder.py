@@ -1,7 +1,7 @@
 """Seeing one step: when every storage is born and dies, which module computes then, and what happens in between."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
@@ -146,7 +146,7 @@ class Hooks:
                 self._recorder.module = name.rpartition(".")[0]
 
         for tensor in inputs:
-            tensor.register_hook(arrived)
+            tensor.register_hook(arrived)  # type: ignore[no-untyped-call]
 
     def _leave(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         self._recorder.module = self._stack.pop()
@@ -162,7 +162,7 @@ class Hooks:
                 self._recorder.events.append(Mark("enter backward", name))
 
         for tensor in _differentiable(output):
-            tensor.register_hook(arrives)
+            tensor.register_hook(arrives)  # type: ignore[no-untyped-call]
 
     def _gradient(self, name: str, param: nn.Parameter) -> None:
         assert param.grad is not None
@@ -222,7 +222,8 @@ def in_order(events: Sequence[Event]) -> list[Event]:
             run.append(event)
             continue
         if run:
-            done += sorted(run, key=lambda mark: mark.what == "enter backward")
+            done += [mark for mark in run if mark.what == "leave backward"]
+            done += [mark for mark in run if mark.what == "enter backward"]
             run = []
         done.append(event)
     return done + run
@@ -266,6 +267,3 @@ def _beats(events: Sequence[Event], kept: set[int]) -> Iterator[Beat]:
 def rounding(device: str) -> int:
     """Bytes to which a storage on a device of type ``device`` is rounded up."""
     return _CUDA_BLOCK if device == "cuda" else 1
-
-
-Loss = Callable[[Any], Tensor]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Final
 
+from fabriclite.birth.parts import AT_ONCE
 from fabriclite.layout import Layout
 from fabriclite.planning.trace import Trace
 from fabriclite.planning.values import Kind, Memory, Moment, Phase
@@ -20,43 +21,36 @@ def setup_peaks(trace: Trace, layout: Layout, device: Mapping[Kind, int], state:
         state: bytes of the optimizer's state there.
         part: elements that this rank's optimizer steps.
     """
-    built, resting = _built(trace, layout), Memory(device)
-    begun: Memory | None = None
+    built, resting = trace.building - trace.buffers, Memory(device)
+    whole = sum(weight.bytes for weight in trace.weights)
+    begun = 0
     if layout.flat and layout.gathers:
-        extra = _gathered_once(trace, layout)
+        extra = _found_hooks(trace, device)
     elif layout.flat:
         extra = 0 if layout.optimizer_on_host else part * _MASTER  # a gradient is made, and let go again
-        begun = Memory({"parameters": built, "temporary": device.get("parameters", 0), "buffers": trace.buffers})
+        begun = max(built, whole + device.get("parameters", 0))
     elif layout.shards_parameters or layout.tensor > 1:
-        extra = _piece(trace, layout)
+        extra = _piece(layout)
     else:
-        extra = 0
-        begun = Memory({"parameters": built, "buffers": trace.buffers})
+        extra, begun = 0, built
     ended = Memory({**resting.by_kind, "temporary": extra})
-    highest = max((m for m in (begun, ended) if m is not None), key=lambda memory: memory.total)
+    making = Memory({"parameters": whole, "temporary": begun - whole, "buffers": trace.buffers})
+    highest = making if begun and making.total > ended.total else ended
     largest = max(w.rows(layout.shard if layout.shards_parameters else 1) * w.dtype.itemsize for w in trace.weights)
     loading = {**resting.by_kind, "temporary": largest}
     loading["optimizer"] = loading.get("optimizer", 0) + state
     return {"init": Moment("init", "", highest), "load": Moment("load", "", Memory(loading))}
 
 
-def _built(trace: Trace, layout: Layout) -> int:
-    """Bytes of parameters at the highest moment of the constructor, where that makes real ones."""
-    return max(trace.building - trace.buffers, sum(weight.bytes for weight in trace.weights))
+def _piece(layout: Layout) -> int:
+    """Scratch memory of one thread that draws what it then cuts: rows are drawn without the rest, columns are not."""
+    return AT_ONCE * layout.param_dtype.itemsize if layout.tensor > 1 else 0
 
 
-def _piece(trace: Trace, layout: Layout) -> int:
-    """What is made whole to be cut: nothing where a part can be made by itself, else a parameter.
+def _found_hooks(trace: Trace, device: Mapping[Kind, int]) -> int:
+    """Parts are held twice until set-up ends, while every parameter is gathered once to find its hooks.
 
-    Rows can be made without the rest. Columns of a matrix cannot, and rows of columns are cut in two steps.
+    Gloo gathers into memory of its own.
     """
-    if layout.tensor == 1:
-        return 0
-    largest = max(weight.whole * weight.dtype.itemsize for weight in trace.weights)
-    return largest * (2 if layout.shards_parameters else 1)
-
-
-def _gathered_once(trace: Trace, layout: Layout) -> int:
-    """Parameters that stay gathered are first gathered in set-up, and the others one by one to find their hooks."""
-    small = sum(weight.bytes for weight in trace.weights if weight.numel < layout.persistent_numel)
-    return 2 * small + max(weight.bytes for weight in trace.weights)
+    largest = max(weight.bytes for weight in trace.weights)
+    return device.get("parameters", 0) + largest * (2 if trace.device == "cpu" else 1)

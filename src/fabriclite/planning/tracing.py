@@ -193,6 +193,8 @@ def _optimizing(module: nn.Module, make: MakeOptimizer, device: torch.device) ->
 def _stepped(params: list[nn.Parameter], make: MakeOptimizer) -> tuple[Optimizer, float]:
     """An optimizer after its first step, and how many elements that held at most beside state and gradients."""
     optimizer = make(params)
+    if params[0].device.type == "cuda":
+        _torch.foreach(optimizer)
     recorder = Recorder((), 1)
     for param in params:
         param.grad = torch.empty_like(param)
