@@ -44,7 +44,10 @@ from fabriclite.planning.search import configs
 from fabriclite.planning.static import MOMENTS, moments, states
 from fabriclite.planning.traffic import Axis, Parcel, of_data_parallelism, timed, to_host
 from fabriclite.planning.values import Traffic
+from worlds import STRATEGIES
+from worlds import run as in_world
 
+FULL = pytest.mark.skipif(not os.environ.get("FULL"), reason="asked for by FULL=1: a minute and more")
 GUIDE = Path(__file__).parent.parent / "docs" / "guides" / "planning.md"
 GB = 10**9
 LLAMA_2_7B = 6_738_415_616
@@ -286,6 +289,33 @@ def test_seconds_follow_from_bandwidths_that_are_given() -> None:
     first, second = timed(items, Hardware(node=parse_bandwidth("nvlink4", "node_bandwidth")))
     assert first.seconds == 1.0
     assert second.seconds is None
+
+
+def sent_for_real(fabric: Fabric) -> dict[str, int]:
+    """Calls of each collective in the second step of a real run: the first one sets things up."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    with fabric.init_module():
+        model: Any = Stack()
+    model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters()))
+    for _ in range(2):
+        with CommDebugMode() as counted:
+            fabric.backward(model(torch.zeros(2, 16)).sum())
+        optimizer.step()
+        optimizer.zero_grad()
+    names = {"_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter", "allreduce_": "all-reduce"}
+    return {names[str(operation).split(".")[-1]]: calls for operation, calls in counted.get_comm_counts().items()}
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "hsdp"])
+def test_calls_are_those_of_a_real_step(strategy: str) -> None:
+    world = 4 if strategy == "hsdp" else 2
+    real = in_world(sent_for_real, strategy, world)
+    made = plan(Stack, strategy=STRATEGIES[strategy], devices=world, batch=2)
+    ours: Counter[str] = Counter()
+    for item in made.estimate.traffic:
+        ours[item.what.partition(" ")[0]] += item.calls
+    assert real == ours
 
 
 # -- hardware --------------------------------------------------------------------------------------------------------
@@ -614,7 +644,7 @@ def test_a_70b_shape_on_eight_devices() -> None:
     assert prices == sorted(prices)
 
 
-@pytest.mark.skipif(not os.environ.get("FULL"), reason="two minutes; asked for by FULL=1")
+@FULL
 def test_llama_70b_on_64_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shape = dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64)
     path = tiny(tmp_path, **shape, num_key_value_heads=8, vocab_size=32000)

@@ -127,7 +127,7 @@ def parcels_of(traced: Trace, layout: Layout) -> list[Parcel]:
     weights = traced.named()
     if layout.groups is None:
         kept, freed = _kept(traced.weights, layout)
-        return [_parcel(kept, root=True, wire=None), _parcel(freed, root=False, wire=None)]
+        return [_by_module(kept, root=True), _by_module(freed, root=False)]
     return [
         _parcel([weights[name] for name in group.parameters], root=group.module == "", wire=group.dtype)
         for group in layout.groups(traced.skeleton)
@@ -147,6 +147,12 @@ def _kept(weights: Sequence[Weight], layout: Layout) -> tuple[list[Weight], list
         (kept if soon else freed).append(weight)
         left -= weight.numel
     return kept, freed
+
+
+def _by_module(weights: Sequence[Weight], root: bool) -> Parcel:
+    """Each module gathers its own."""
+    owners = {weight.name.rpartition(".")[0] for weight in weights}
+    return replace(_parcel(weights, root, wire=None), calls=len(owners))
 
 
 def _parcel(weights: Sequence[Weight], root: bool, wire: torch.dtype | None) -> Parcel:

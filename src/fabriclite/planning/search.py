@@ -92,8 +92,12 @@ def _row(plan: Plan) -> tuple[str, ...]:
         text.seconds(plan.bound.compute),
         text.seconds(slowest),
         plan.bound.limited_by or "",
-        f"{_samples(plan) / plan.bound.step:.4g}" if plan.bound.step else "",
+        _rate(_samples(plan) / plan.bound.step) if plan.bound.step else "",
     )
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _samples(plan: Plan) -> int:

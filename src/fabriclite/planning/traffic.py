@@ -28,12 +28,14 @@ class Parcel:
         trainable: of them, how many get gradients, by dtype.
         root: whether it is what no other group took.
         wire: floating-point numbers are gathered in it; ``None``: in that which they have at rest.
+        calls: in so many collectives.
     """
 
     elements: Mapping[torch.dtype, int]
     trainable: Mapping[torch.dtype, int]
     root: bool = False
     wire: torch.dtype | None = None
+    calls: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,8 @@ def _gathered(parcels: Sequence[Parcel], layout: Layout, axis: Axis, ranks_per_n
 
     def once(of: Sequence[Parcel], when: str) -> list[Traffic]:
         size = sum(_size(parcel.elements, parcel.wire) for parcel in of)
-        return collective("all-gather", f"parameters in {when}", size, len(of), axis, ranks_per_node)
+        calls = sum(parcel.calls for parcel in of)
+        return collective("all-gather", f"parameters in {when}", size, calls, axis, ranks_per_node)
 
     return once(parcels, "forward") + once(again, "backward")
 
@@ -139,6 +142,8 @@ def _gradients(parcels: Sequence[Parcel], layout: Layout) -> int:
 
 
 def _gradient_calls(parcels: Sequence[Parcel], layout: Layout) -> int:
+    if layout.bucket_numel:
+        return -(-sum(n for parcel in parcels for n in parcel.trainable.values()) // layout.bucket_numel)
     if layout.gathers or not layout.bucket_bytes:
         return sum(1 for parcel in parcels if sum(parcel.trainable.values()))
     return -(-_learned(parcels) // layout.bucket_bytes)
