@@ -15,7 +15,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.optim import LBFGS, SGD, AdamW
 from torch.profiler import ProfilerActivity, profile
-from worlds import STRATEGIES, run
 
 from fabriclite import (
     ConfigError,
@@ -33,6 +32,7 @@ from fabriclite.planning.subject import Subject, default_loss
 from fabriclite.planning.trace import Mark, Trace
 from fabriclite.planning.values import Estimate
 from fabriclite.precision import Precision
+from worlds import STRATEGIES, run
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from gpt import GPT, GPTConfig
@@ -392,9 +392,9 @@ def test_a_trace_is_used_for_what_it_is_of() -> None:
     value = Precision.parse("bf16-true")
     with pytest.raises(ConfigError, match="`precision` must be that of the trace, 32-true, but is bf16-true"):
         estimate(known(), FSDPStrategy(), world_size=2, ranks_per_node=8, precision=value)
-    with pytest.raises(ConfigError, match="must be of 2 ranks that share one matrix product.*is of 1. Trace with"):
+    with pytest.raises(ConfigError, match=r"must be of 2 ranks that share one matrix product.*is of 1\. Trace with"):
         estimate(known(), ModelParallelStrategy(), world_size=2, ranks_per_node=8, precision=Precision.parse(32))
-    with pytest.raises(ConfigError, match="`precision` must be one of .* with DeepSpeedStrategy, but is 64-true"):
+    with pytest.raises(ConfigError, match=r"`precision` must be one of .* with DeepSpeedStrategy, but is 64-true"):
         plan(DeepSpeedStrategy(), 2, "64-true")
 
 
