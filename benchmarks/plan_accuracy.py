@@ -4,7 +4,7 @@
     $ python benchmarks/plan_accuracy.py --only fsdp  # those whose name has it; prints, writes nothing
     $ python benchmarks/plan_accuracy.py --accelerator cuda
 
-About ten minutes on two cores. On the CPU it needs a C compiler: what torch's allocator asks of the C library is counted.
+About ten minutes on two cores. On the CPU it needs a C compiler: what torch's allocator takes is counted.
 """
 
 import argparse
@@ -72,6 +72,19 @@ CASES: Final[dict[str, tuple[str, Any, int, str]]] = {
     "zero-2 x 2, Llama, float32": ("llama", DeepSpeedStrategy(stage=2, **WAY), 2, "32-true"),
     "zero-2 x 2, GPT, mixed": ("gpt", DeepSpeedStrategy(stage=2, **WAY), 2, "bf16-mixed"),
     "zero-3 x 2, GPT, bf16": ("gpt", DeepSpeedStrategy(stage=3, **WAY), 2, "bf16-true"),
+    "zero-3 x 2, GPT, mixed": ("gpt", DeepSpeedStrategy(stage=3, **WAY), 2, "bf16-mixed"),
+    "zero-2 x 2 with offload, GPT, bf16": (
+        "gpt",
+        DeepSpeedStrategy(stage=2, offload_optimizer=True, **WAY),
+        2,
+        "bf16-true",
+    ),
+    "zero-3 x 2 with offload, GPT, bf16": (
+        "gpt",
+        DeepSpeedStrategy(stage=3, offload_optimizer=True, **WAY),
+        2,
+        "bf16-true",
+    ),
     "zero-3 x 2, Llama, float32": ("llama", DeepSpeedStrategy(stage=3, **WAY), 2, "32-true"),
 }
 COLUMNS: Final = ("set-up peak", "after set-up", "optimizer state", "gradients", "forward", "backward", "step")
@@ -116,19 +129,24 @@ def compare(case: str, accelerator: str) -> Row:
     found, plan = planned(name, config, world, precision, accelerator)
     fabric = Fabric(accelerator=accelerator, strategy=config, devices=world, precision=word)
     measured: Measured = fabric.launch(measure, name)
-    device, host = at_rest(found, config.layout(world, precision))
+    layout = config.layout(world, precision)
+    device, host = at_rest(found, layout)
     counts_host = accelerator == "cpu"  # there offloading moves nothing: what is on the host is counted too
     beside = sum(host.values()) if counts_host else 0
-    step_host = plan.host.total if counts_host else 0
+    host_total = plan.host.total if counts_host else 0
+    stepping = plan.host.by_kind.get("temporary", 0) if counts_host else 0
+    others = {"forward": host_total - stepping, "backward": host_total - stepping, "step": host_total}
+    small = [w.bytes for w in found.weights if w.numel < layout.persistent_numel] if layout.gathers else []
     turn = next(moment.memory.by_kind for moment in plan.timeline if moment.phase == "step")
     predicted = {
-        "set-up peak": plan.peaks["init"].memory.total + beside,
+        "set-up peak": max(plan.peaks["init"].memory.total, sum(device.values()) + beside),
         "after set-up": sum(device.values()) + beside,
-        "optimizer state": turn.get("optimizer", 0)
+        "optimizer state": sum(small)  # what then stays gathered
+        + turn.get("optimizer", 0)
         - device.get("optimizer", 0)
         + (plan.host.by_kind.get("optimizer", 0) - host.get("optimizer", 0) if counts_host else 0),
         "gradients": turn.get("gradients", 0) - device.get("gradients", 0),
-        **{phase: plan.peaks[phase].memory.total + step_host for phase in ("forward", "backward", "step")},
+        **{phase: plan.peaks[phase].memory.total + rest for phase, rest in others.items()},
     }
     return Row(
         case,

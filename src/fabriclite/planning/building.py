@@ -71,7 +71,9 @@ def built(
     with torch.random.fork_rng(devices=[]), enter(plan), births:
         module = subject.build()
     _check(module)
-    with settled(module, None, precision) as (module, _):
+    with settled(module, None, precision) as pair:
+        module = pair[0]
+        del pair  # its births would keep recorded tensors alive, which nothing is to wait for
         skeleton = deepcopy(module)
         _to_meta(skeleton)
         with pretended(tensor):

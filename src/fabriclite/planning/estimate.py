@@ -1,24 +1,26 @@
 """What one layout of a traced step costs one rank. Pure and fast: no tensor is made."""
 
-from collections.abc import Sequence
 from typing import Final
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from fabriclite.errors import ConfigError
-from fabriclite.layout import Layout
+from fabriclite.layout import Group, Groups, Layout
 from fabriclite.planning.flat import ByModule, Flat
 from fabriclite.planning.ledger import Ledger
 from fabriclite.planning.rules import Gathering, Replicated, Rule
 from fabriclite.planning.setup import setup_peaks
 from fabriclite.planning.trace import Trace
 from fabriclite.planning.tracing import trace as trace
-from fabriclite.planning.values import KINDS, PHASES, Estimate, Kind, Memory, Moment
+from fabriclite.planning.values import KINDS, Estimate, Kind, Memory
 from fabriclite.precision import Precision
 from fabriclite.strategy import StrategyConfig
 
 _MOMENTS: Final = 400
 """Points of a timeline at most: more cannot be seen in a picture."""
+_CHOSEN: Final[WeakKeyDictionary[nn.Module, list[tuple[Groups, tuple[Group, ...]]]]] = WeakKeyDictionary()
+"""By skeleton, what was asked for and what it chose."""
 
 
 def estimate(
@@ -41,7 +43,7 @@ def estimate(
     _check(trace, config, layout, precision)
     rule = rule_of(trace, layout)
     step = trace.steps[rule.computes_in]
-    device, host = at_rest(trace, layout)
+    device, host = _at_rest(trace, rule)
     state = _state(trace, layout, rule)
     before = setup_peaks(trace, layout, device, 0 if layout.optimizer_on_host else state, rule.stepped())
     stateful = host if layout.optimizer_on_host else device
@@ -63,8 +65,8 @@ def estimate(
         ranks_per_node=ranks_per_node,
         batch=trace.batch,
         sequence=trace.sequence,
-        peaks={**before, **ledger.peaks},
-        timeline=thinned(ledger.moments),
+        peaks={**before, **ledger.peaks()},
+        timeline=ledger.timeline(_MOMENTS),
         host=Memory(host),
         flops=step.flops,
         by_module=step.by_module,
@@ -91,12 +93,22 @@ def _check(trace: Trace, config: StrategyConfig, layout: Layout, precision: Prec
 def rule_of(trace: Trace, layout: Layout) -> Rule:
     """How ``layout`` spreads the traced model."""
     if layout.groups is not None:
-        return Gathering(layout, trace.weights, layout.groups(trace.skeleton))
+        return Gathering(layout, trace.weights, groups_of(trace, layout.groups))
     if layout.flat and layout.gathers:
         return ByModule(layout, trace.weights, _own(trace.skeleton), trace.steps[layout.param_dtype].beats)
     if layout.flat:
         return Flat(layout, trace.weights)
     return Replicated(layout, trace.weights)
+
+
+def groups_of(trace: Trace, groups: Groups) -> tuple[Group, ...]:
+    """``groups(trace.skeleton)``, looked up where it was asked for before: a search asks again for every layout."""
+    known = _CHOSEN.setdefault(trace.skeleton, [])
+    for asked, found in known:
+        if asked == groups:
+            return found
+    known.append((groups, groups(trace.skeleton)))
+    return known[-1][1]
 
 
 def _own(module: nn.Module) -> dict[str, list[str]]:
@@ -112,9 +124,13 @@ def _own(module: nn.Module) -> dict[str, list[str]]:
 
 def at_rest(trace: Trace, layout: Layout) -> tuple[dict[Kind, int], dict[Kind, int]]:
     """What set-up leaves on the device and on the host."""
+    return _at_rest(trace, rule_of(trace, layout))
+
+
+def _at_rest(trace: Trace, rule: Rule) -> tuple[dict[Kind, int], dict[Kind, int]]:
     device: dict[Kind, int] = {"buffers": trace.buffers}
     host: dict[Kind, int] = {}
-    for name, size in rule_of(trace, layout).resident().items():
+    for name, size in rule.resident().items():
         where = host if name.startswith("host ") else device
         kind = name.removeprefix("host ")
         assert kind in KINDS
@@ -146,15 +162,3 @@ def _step(trace: Trace, layout: Layout, rule: Rule, ledger: Ledger, host: dict[K
     else:
         ledger.pass_by("temporary", temporary)
     ledger.keep()
-
-
-def thinned(moments: Sequence[Moment]) -> tuple[Moment, ...]:
-    """About ``_MOMENTS`` of ``moments``: of each stretch of a phase the highest, and all of the optimizer's step."""
-    size = -(-len(moments) // _MOMENTS)
-    kept: list[Moment] = []
-    for phase in PHASES:
-        own = [moment for moment in moments if moment.phase == phase]
-        each = 1 if phase == "step" else size
-        parts = [own[i : i + each] for i in range(0, len(own), each or 1)]
-        kept += [max(part, key=lambda moment: moment.memory.total) for part in parts]
-    return tuple(kept)

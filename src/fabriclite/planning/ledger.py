@@ -1,10 +1,28 @@
 """What is held, by kind, while a step is gone through."""
 
-from collections import Counter
 from collections.abc import Mapping
+from typing import Final, NamedTuple
 
 from fabriclite.planning.trace import Held
-from fabriclite.planning.values import Kind, Memory, Moment, Phase
+from fabriclite.planning.values import KINDS, PHASES, Kind, Memory, Moment, Phase
+
+_PLACE: Final = {kind: place for place, kind in enumerate(KINDS)}
+
+
+class _Seen(NamedTuple):
+    """A moment as numbers: thousands are seen for each that is shown."""
+
+    total: int
+    phase: Phase
+    module: str
+    held: tuple[int, ...]
+    own: Held
+
+    def moment(self) -> Moment:
+        sizes: dict[Kind, int] = dict(zip(KINDS, self.held, strict=True))
+        sizes["activations"] += self.own.activations
+        sizes["temporary"] += self.own.temporary
+        return Moment(self.phase, self.module, Memory({kind: size for kind, size in sizes.items() if size}))
 
 
 class Ledger:
@@ -19,27 +37,22 @@ class Ledger:
         self.module = ""
         self.own = Held()
         """What the model's operations hold just now."""
-        self.peaks: dict[Phase, Moment] = {}
-        self.moments: list[Moment] = []
-        self._held: Counter[Kind] = Counter(held)
-        self._total = sum(held.values())
-        self._highest: dict[Phase, int] = {}
-        self._since = -1
-        self._pending: Moment | None = None
-
-    def __getitem__(self, kind: Kind) -> int:
-        return self._held[kind]
+        self._held = [held.get(kind, 0) for kind in KINDS]
+        self._total = sum(self._held)
+        self._highest: dict[Phase, _Seen] = {}
+        self._kept: list[_Seen] = []
+        self._pending: _Seen | None = None
 
     def add(self, kind: Kind, size: int) -> None:
         """Hold ``size`` bytes more."""
-        self._held[kind] += size
+        self._held[_PLACE[kind]] += size
         self._total += size
         if size > 0:
             self.see(self.own)
 
     def free(self, kind: Kind, size: int) -> None:
         """Hold ``size`` bytes less."""
-        self._held[kind] -= size
+        self._held[_PLACE[kind]] -= size
         self._total -= size
 
     def pass_by(self, kind: Kind, size: int) -> None:
@@ -50,22 +63,30 @@ class Ledger:
     def see(self, own: Held) -> None:
         """A moment at which the model's operations hold ``own``."""
         total = self._total + own.total
-        if total > self._highest.get(self.phase, -1):
-            self._highest[self.phase] = total
-            self.peaks[self.phase] = self._moment(own)
-        if total > self._since:
-            self._since = total
-            self._pending = self._moment(own)
+        if self._pending is not None and total <= self._pending.total:
+            return
+        self._pending = _Seen(total, self.phase, self.module, tuple(self._held), own)
+        highest = self._highest.get(self.phase)
+        if highest is None or total > highest.total:
+            self._highest[self.phase] = self._pending
 
     def keep(self) -> None:
-        """Put the highest moment since the last call into ``moments``."""
+        """Remember the highest moment since the last call."""
         if self._pending is not None:
-            self.moments.append(self._pending)
-        self._pending, self._since = None, -1
+            self._kept.append(self._pending)
+        self._pending = None
 
-    def _moment(self, own: Held) -> Moment:
-        held: dict[Kind, int] = {kind: size for kind, size in self._held.items() if size}
-        for kind, size in (("activations", own.activations), ("temporary", own.temporary)):
-            if size:
-                held[kind] = held.get(kind, 0) + size  # type: ignore[index, call-overload]
-        return Moment(self.phase, self.module, Memory(held))
+    def peaks(self) -> dict[Phase, Moment]:
+        """The highest moment of each phase."""
+        return {phase: seen.moment() for phase, seen in self._highest.items()}
+
+    def timeline(self, points: int) -> tuple[Moment, ...]:
+        """About ``points`` of what was kept: of each stretch of a phase the highest, and all of the optimizer's step."""
+        size = -(-len(self._kept) // points)
+        chosen: list[_Seen] = []
+        for phase in PHASES:
+            own = [seen for seen in self._kept if seen.phase == phase]
+            each = 1 if phase == "step" else size
+            parts = [own[i : i + each] for i in range(0, len(own), each or 1)]
+            chosen += [max(part, key=lambda seen: seen.total) for part in parts]
+        return tuple(seen.moment() for seen in chosen)

@@ -172,7 +172,10 @@ class Trace:
     def gathered(self, groups: tuple[Group, ...]) -> list[tuple[str, list[tuple[int, torch.dtype]], bool]]:
         """Groups as ``(module, [(elements, dtype)], root or not)``, innermost first, the root last. Pure.
 
-        Elements are those of one tensor-parallel rank. ``groups`` is what ``layout.groups(trace.skeleton)`` gave.
+        Elements are those of one tensor-parallel rank.
+
+        Args:
+            groups: such as ``estimate.groups_of(trace, layout.groups)``.
         """
         weights = self.named()
         found = []
