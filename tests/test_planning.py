@@ -36,9 +36,11 @@ from fabriclite import (
 )
 from fabriclite.cli.main import main
 from fabriclite.layout import Layout
+from fabriclite.planning import what_if
 from fabriclite.planning.api import planner_of
 from fabriclite.planning.fit import largest
 from fabriclite.planning.hardware import LINKS, parse_bandwidth, parse_bytes
+from fabriclite.planning.models import model_of
 from fabriclite.planning.plan import Choice, code
 from fabriclite.planning.search import configs
 from fabriclite.planning.static import MOMENTS, moments, states
@@ -694,6 +696,29 @@ def test_the_largest_that_fits_is_found(fixed: int, slope: int, power: float, me
 
 
 # -- how it reads ----------------------------------------------------------------------------------------------------
+
+
+def test_what_one_change_would_do() -> None:
+    def rows(config: Any, precision: str) -> dict[str, tuple[str, ...]]:
+        planner = planner_of(
+            model_of(Stack), optimizer=None, devices=4, per_node=None, hardware=Hardware(node=1e9), device="cpu"
+        )
+        choice = Choice(config=config, precision=Precision.parse(precision), batch=64, sequence=None)
+        found = what_if.table(planner.plan(choice), planner.plan)
+        return {row[0]: row[1:] for row in found.rows}
+
+    sharded = rows(FSDPStrategy(), "bf16-mixed")
+    assert sharded["activation checkpointing of blocks"][0].startswith("-")
+    assert sharded["activation checkpointing of blocks"][2] > "x 1.00"
+    assert sharded["reshard_after_forward=False"][1].startswith("-")  # nothing is gathered twice
+    assert sharded["reshard_after_forward=True"][1].startswith("+")
+    assert sharded["gradients sent in 16 bits"][1].startswith("-")
+    assert sharded["gradients sent in 16 bits"][3].startswith("-")
+    assert sharded["cpu_offload=True"][0].startswith("-")
+    assert "linear layers and embeddings gathered one by one" in sharded
+    replicas = rows(DDPStrategy(), "bf16-mixed")
+    assert set(replicas) == {"activation checkpointing of blocks", "gradient_as_bucket_view=True"}
+    assert replicas["gradient_as_bucket_view=True"][1] == "0"
 
 
 def test_a_plan_reads_as_the_code_that_makes_it() -> None:

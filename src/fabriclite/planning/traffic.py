@@ -136,8 +136,9 @@ def _gathers(parcels: Sequence[Parcel], layout: Layout) -> list[int]:
 
 
 def _gradients(parcels: Sequence[Parcel], layout: Layout) -> int:
-    """Bytes of all gradients as they travel: in ``reduce_dtype`` where it is another than that of parameters."""
-    dtype = None if layout.param_dtype == layout.reduce_dtype else layout.reduce_dtype
+    """Bytes of all gradients as they travel: their own dtype, or ``reduce_dtype`` where FSDP is told another."""
+    chosen = layout.groups is not None and layout.param_dtype != layout.reduce_dtype
+    dtype = layout.reduce_dtype if chosen else None
     return sum(_size(parcel.trainable, dtype) for parcel in parcels)
 
 

@@ -39,7 +39,8 @@ def changes(choice: Choice) -> Iterator[tuple[str, Choice]]:
         if changed is not None:
             yield name, changed
     precision = choice.precision
-    if precision.mixed and precision.reduce_dtype == torch.float32:
+    sends = "reshard_after_forward" in _fields(choice)  # FSDP alone sends gradients in a dtype that can be chosen
+    if sends and precision.mixed and precision.reduce_dtype == torch.float32:
         lower = dataclasses.replace(precision, reduce_dtype=precision.compute_dtype)
         yield "gradients sent in 16 bits", dataclasses.replace(choice, precision=lower)
 
@@ -55,10 +56,15 @@ _SETTINGS: Final[tuple[tuple[str, Any], ...]] = (
 )
 
 
+def _fields(choice: Choice) -> set[str]:
+    config: Any = choice.config
+    return {field.name for field in dataclasses.fields(config)}
+
+
 def _with(choice: Choice, field: str, value: Any) -> Choice | None:
     """The choice with another field of its config; ``None`` where that has none, or says so already."""
     config: Any = choice.config
-    if field not in {known.name for known in dataclasses.fields(config)} or getattr(config, field) == value:
+    if field not in _fields(choice) or getattr(config, field) == value:
         return None
     try:
         return dataclasses.replace(choice, config=dataclasses.replace(config, **{field: value}))
