@@ -134,18 +134,22 @@ def compare(case: str, accelerator: str) -> Row:
     counts_host = accelerator == "cpu"  # there offloading moves nothing: what is on the host is counted too
     beside = sum(host.values()) if counts_host else 0
     host_total = plan.host.total if counts_host else 0
+    later = plan.host.by_kind.get("gradients", 0) - host.get("gradients", 0) if counts_host else 0
     stepping = plan.host.by_kind.get("temporary", 0) if counts_host else 0
-    others = {"forward": host_total - stepping, "backward": host_total - stepping, "step": host_total}
+    before = host_total - stepping - later
+    others = {"forward": before, "backward": before, "step": host_total}
+    begun = plan.peaks["init"].memory
+    ended = all(kind in begun.by_kind for kind, size in device.items() if size)  # else offloading comes after it
     small = [w.bytes for w in found.weights if w.numel < layout.persistent_numel] if layout.gathers else []
     turn = next(moment.memory.by_kind for moment in plan.timeline if moment.phase == "step")
     predicted = {
-        "set-up peak": max(plan.peaks["init"].memory.total, sum(device.values()) + beside),
+        "set-up peak": max(begun.total + beside * ended, sum(device.values()) + beside),
         "after set-up": sum(device.values()) + beside,
         "optimizer state": sum(small)  # what then stays gathered
         + turn.get("optimizer", 0)
         - device.get("optimizer", 0)
         + (plan.host.by_kind.get("optimizer", 0) - host.get("optimizer", 0) if counts_host else 0),
-        "gradients": turn.get("gradients", 0) - device.get("gradients", 0),
+        "gradients": turn.get("gradients", 0) - device.get("gradients", 0) + later,
         **{phase: plan.peaks[phase].memory.total + rest for phase, rest in others.items()},
     }
     return Row(

@@ -48,6 +48,8 @@ def estimate(
     before = setup_peaks(trace, layout, device, 0 if layout.optimizer_on_host else state, rule.stepped())
     stateful = host if layout.optimizer_on_host else device
     stateful["optimizer"] = stateful.get("optimizer", 0) + state
+    if rule.gradients_on_host:
+        host["gradients"] = rule.gradients_on_host
     ledger = Ledger({**device, "input": trace.inputs})
     for beat in step.beats:
         ledger.phase, ledger.module = beat.phase, beat.module

@@ -81,7 +81,7 @@ class Ledger:
         return {phase: seen.moment() for phase, seen in self._highest.items()}
 
     def timeline(self, points: int) -> tuple[Moment, ...]:
-        """About ``points`` of what was kept: of each stretch of a phase the highest, and all of the optimizer's step."""
+        """About ``points`` of what was kept: of each stretch of a phase the highest, and all of the step."""
         size = -(-len(self._kept) // points)
         chosen: list[_Seen] = []
         for phase in PHASES:

@@ -31,6 +31,11 @@ class Rule(ABC):
         """Elements that this rank's optimizer steps."""
 
     @property
+    def gradients_on_host(self) -> int:
+        """Bytes of gradients that a backward leaves in host memory, where set-up had none."""
+        return 0
+
+    @property
     def together(self) -> bool:
         """Whether it steps them as one tensor."""
         return False
@@ -145,6 +150,11 @@ class Gathering(Rule):
         parts = sum(self._part(w, ranks) * w.dtype.itemsize for w in self._weights)
         return {"host parameters" if self._layout.parameters_on_host else "parameters": parts}
 
+    @property
+    @override
+    def gradients_on_host(self) -> int:
+        return sum(unit.kept for unit in self._units.values()) if self._layout.parameters_on_host else 0
+
     def _part(self, weight: Weight, ranks: int) -> int:
         return weight.rows(ranks) if weight.name in self._grouped else weight.numel
 
@@ -240,6 +250,8 @@ class Gathering(Rule):
         if unit.shard != unit.kept:
             ledger.add("communication", unit.shard)
         ledger.add("gradients", unit.kept)
+        if self._layout.parameters_on_host:
+            ledger.free("gradients", unit.kept)
         if unit.shard != unit.kept:
             ledger.free("communication", unit.shard)
 

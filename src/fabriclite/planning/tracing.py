@@ -1,11 +1,14 @@
 """Running one step of a model that takes no memory, and writing down what it would take."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 from fabriclite import _torch
 from fabriclite.errors import ConfigError
@@ -19,6 +22,7 @@ from fabriclite.strategies._shared import in_precision
 from fabriclite.strategy import StrategyConfig
 from fabriclite.world import World
 
+_AFTER_DROPOUT: Final = ("is_causal", "scale", "enable_gqa")
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
@@ -64,7 +68,8 @@ def trace(
             for dtype in dict.fromkeys((precision.param_dtype, precision.compute_dtype)):
                 if dtype != precision.param_dtype:
                     building.cast(found.module, _gathered_dtypes(found.module, dtype))
-                steps[dtype] = _step(found.module, subject, args, kwargs, precision, simulated, device)
+                for _ in range(1 if tensor == 1 else 2):  # DTensor asks of each operation once what its whole would be
+                    steps[dtype] = _step(found.module, subject, args, kwargs, precision, simulated, device)
         return Trace(
             model=subject.name,
             batch=batch,
@@ -137,7 +142,7 @@ def _step(
     module.train()
     loss_of = subject.loss or default_loss
     run = in_precision(module, World(rank=0, size=1, device=torch.device(simulated)), precision)
-    with hooked(recorder, module), recorder:
+    with _explained(module), _attention(simulated, device), hooked(recorder, module), recorder:
         loss = loss_of(run(*args, **kwargs))
         _check_loss(loss)
         recorder.events.append(Mark("forward ends"))
@@ -146,6 +151,34 @@ def _step(
         loss.backward()  # type: ignore[no-untyped-call]
         recorder.events.append(Mark("backward ends"))
     return step_of(recorder)
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Attention without dropout: the CPU's fused kernel has none, while that of CUDA draws it and keeps no mask."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is scaled_dot_product_attention:
+            args, kwargs = args[:4], {**kwargs, **dict(zip(_AFTER_DROPOUT, args[5:], strict=False)), "dropout_p": 0.0}
+        return func(*args, **kwargs)
+
+
+def _attention(simulated: str, device: str) -> AbstractContextManager[Any]:
+    """Within it the CPU chooses the kind of attention kernel that ``device`` would."""
+    return nullcontext() if simulated == device else _WithoutDropout()
+
+
+@contextmanager
+def _explained(module: nn.Module) -> Iterator[None]:
+    """Say of what a model does not do without values that it is this that it cannot."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+        raise ConfigError(
+            f"{type(module).__name__} must run on tensors that have shapes but no values to be planned, but raised"
+            f" {type(error).__name__}: {first} Choose by shapes, not by values, or plan another precision."
+        ) from error
 
 
 def _wrappers() -> tuple[type, ...]:
