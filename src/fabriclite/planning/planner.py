@@ -111,15 +111,14 @@ def _splitting(name: str, tensor: int) -> Iterator[None]:
     """Say of what fails that it is the split, where there is one: models count on sizes that it changes."""
     try:
         yield
-    except ConfigError:
-        raise
     except Exception as error:
-        if tensor == 1:
+        cause = error.__cause__ if isinstance(error, ConfigError) else error  # what the model raised, if it did
+        if tensor == 1 or cause is None:
             raise
         raise ConfigError(
             f"`tensor_parallel_size` must split {name} so that it still runs, but is {tensor}, and then:"
-            f" {type(error).__name__}: {error}. Its number of (key and value) heads must be a multiple, as a rule."
-        ) from error
+            f" {type(cause).__name__}: {cause}. Its number of (key and value) heads must be a multiple, as a rule."
+        ) from cause
 
 
 def parcels_of(traced: Trace, layout: Layout) -> list[Parcel]:
