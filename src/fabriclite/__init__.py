@@ -14,6 +14,10 @@ from fabriclite.errors import (
     WorldError,
 )
 from fabriclite.fabric import Fabric
+from fabriclite.planning.api import find_layouts, plan
+from fabriclite.planning.hardware import Hardware
+from fabriclite.planning.plan import Plan
+from fabriclite.planning.search import Layouts
 from fabriclite.precision import Precision
 from fabriclite.preemption import Preemption
 from fabriclite.strategies.configs import (
@@ -35,11 +39,14 @@ __all__ = [
     "FSDPStrategy",
     "Fabric",
     "FabricError",
+    "Hardware",
     "LaunchError",
+    "Layouts",
     "LoadReport",
     "MaterializeError",
     "ModelParallelStrategy",
     "NonFiniteGradientError",
+    "Plan",
     "Precision",
     "Preemption",
     "Safetensors",
@@ -48,6 +55,8 @@ __all__ = [
     "SingleDeviceStrategy",
     "World",
     "WorldError",
+    "find_layouts",
+    "plan",
     "seed_everything",
 ]
 

@@ -368,3 +368,65 @@ def replaced(trunc_normal: Callable[..., Tensor], before_rng_state: Callable[[],
     finally:
         for owner, name, function in before:
             setattr(owner, name, function)
+
+
+# -- planning: a step without memory -----------------------------------------------------------------------------------
+
+
+def fake_mode() -> AbstractContextManager[Any]:
+    """Within it every new tensor says it is on a device and takes no memory: ``torch._subclasses.FakeTensorMode``.
+
+    No public twin. Plain tensors on the meta device would not choose kernels as those of a device do. Tensors that a
+    model made before are let in.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def flop_formulas() -> dict[Any, Callable[..., Any]]:
+    """Floating-point operations by operation: ``torch.utils.flop_counter.flop_registry``, public but not documented.
+
+    Beside it what attention on a CPU takes, which has no formula there and the same cost as on CUDA.
+    """
+    from torch.utils import flop_counter
+
+    found = dict(flop_counter.flop_registry)
+    aten = torch.ops.aten
+    forward = found[aten._scaled_dot_product_flash_attention]
+    backward = found[aten._scaled_dot_product_flash_attention_backward]
+    found.setdefault(aten._scaled_dot_product_flash_attention_for_cpu, forward)
+    found.setdefault(aten._scaled_dot_product_flash_attention_for_cpu_backward, backward)
+    return found
+
+
+def fake_store() -> Any:
+    """What a process group of the backend ``"fake"`` meets in: ``torch.testing._internal.distributed.fake_pg``.
+
+    Importing it registers the backend, whose collectives do nothing. Torch's own tools for planning use it.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    return FakeStore()
+
+
+def async_tensor() -> type:
+    """What a functional collective gives before it is waited for: ``AsyncCollectiveTensor``; a tensor around one."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    return AsyncCollectiveTensor
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """``torch.nn.modules.batchnorm._BatchNorm``: the base of all of them, which has no public name."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def foreach(optimizer: torch.optim.Optimizer) -> None:
+    """Let ``optimizer`` step all parameters at once, as it does by itself on CUDA: its groups' ``"foreach"``.
+
+    Tensors that only say that they are on CUDA are of a class for which it would not.
+    """
+    for group in optimizer.param_groups:
+        if group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = True

@@ -35,6 +35,8 @@ from fabriclite.world import World
 
 if TYPE_CHECKING:
     from fabriclite.checkpoint.parts import Part
+    from fabriclite.planning.hardware import Hardware
+    from fabriclite.planning.plan import Plan
     from fabriclite.watching.report import Report
 
 T = TypeVar("T")
@@ -270,6 +272,48 @@ class Fabric:
     def init_tensor(self) -> AbstractContextManager[None]:
         """Create tensors on this process's device, in the run's precision."""
         return self.init_module(empty_init=False)
+
+    def plan(
+        self,
+        model: nn.Module | Callable[[], Any],
+        inputs: Any = None,
+        *,
+        optimizer: Any = None,
+        loss: Callable[[Any], Tensor] | None = None,
+        batch: int = 1,
+        sequence: int | None = None,
+        checkpointing: bool = False,
+        hardware: "Hardware | None" = None,
+    ) -> "Plan":
+        """What ``model`` will cost one rank under this strategy, precision and world: :func:`fabriclite.plan`.
+
+        Needs no launch, allocates no weights, and changes neither the model nor a random state.
+
+        Args:
+            model: a module that is not set up, also from :meth:`init_module`, or a function that makes one.
+            inputs, optimizer, loss, batch, sequence, checkpointing, hardware: as there.
+
+        Raises:
+            ConfigError: an argument has no meaning, or the model cannot be planned.
+            SetupOrderError: the model was set up already.
+        """
+        from fabriclite.planning.api import plan
+
+        return plan(
+            model,
+            inputs,
+            strategy=self._config,
+            devices=self._world.size,
+            per_node=self._world.local_size,
+            precision=self._precision,
+            optimizer=optimizer,
+            loss=loss,
+            batch=batch,
+            sequence=sequence,
+            checkpointing=checkpointing,
+            hardware=hardware,
+            device="cuda" if self.device.type == "cuda" else "cpu",
+        )
 
     # -- settling --------------------------------------------------------------
     def setup(

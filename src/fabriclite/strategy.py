@@ -187,4 +187,8 @@ class StrategyConfig(Protocol):
     def layout(self, size: int, precision: Precision) -> Layout:
         """How a model lies on ``size`` processes: a pure value, no process is needed."""
 
+    def split(self, module: nn.Module, size: int) -> nn.Module:
+        """``module``, its matrix products split over ``size`` ranks where the strategy does that. For planning: needs
+        a process group of ``size`` ranks, and gives no memory or values."""
+
     def build(self, *, world: World, precision: Precision) -> Strategy: ...

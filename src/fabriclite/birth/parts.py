@@ -18,7 +18,7 @@ from fabriclite.birth.tape import Captured, Op, Ref, Tape
 from fabriclite.boxes import Box
 from fabriclite.stored import Stored
 
-_AT_ONCE: Final = 1 << 20
+AT_ONCE: Final = 1 << 20
 """Elements made at once where something beside the result takes memory."""
 _WORTH: Final = 64
 """Elements below which a tensor is always made whole."""
@@ -63,7 +63,7 @@ class Recipe:
 
     def fill(self, out: Tensor, begin: int, hand: Hand) -> None:
         """Fill ``out``, contiguous and of shape ``(length,)``, with values ``begin`` and following of the storage."""
-        step = out.numel() if self.alone else _AT_ONCE
+        step = out.numel() if self.alone else AT_ONCE
         for first in range(0, out.numel(), max(step, 1)):
             self._fill(out[first : first + step], begin + first, hand)
 
@@ -84,11 +84,11 @@ class Recipe:
             row *= n
         if all(part == (0, n) for part, n in zip(box[1:], size[1:], strict=True)):
             self.fill(out.view(-1), offset + start * row, hand)
-        elif row > _AT_ONCE:
+        elif row > AT_ONCE:
             for i in range(length):
                 self._fill_box(out[i], size[1:], offset + (start + i) * row, box[1:], hand)
         else:
-            rows = max(1, _AT_ONCE // row)
+            rows = max(1, AT_ONCE // row)
             scratch = torch.empty(rows * row, dtype=self.dtype, device=self.device)
             for first in range(0, length, rows):
                 count = min(rows, length - first)

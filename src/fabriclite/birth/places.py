@@ -99,6 +99,12 @@ def places_of(recording: Recording, module: nn.Module, optimizers: Sequence[Opti
                 yield Place(full_name, owner, leaf, kind, tensor, recording.ref(tensor))
 
 
+def plain_tensors(owner: nn.Module) -> list[Tensor]:
+    """Tensors in the plain attributes of ``owner``, and in lists and dictionaries there."""
+    seen = {id(sub) for sub in owner.modules()}
+    return [tensor for _, tensor in _plain_tensors(vars(owner), _DEEP, seen)]
+
+
 def _plain_tensors(holder: Any, deep: int, seen: set[int], registered: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Tensors in a module's own attributes, and in lists, dictionaries and objects there, with a name.
 

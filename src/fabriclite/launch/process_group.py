@@ -3,7 +3,8 @@
 import atexit
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Final
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]  # public, but not in __all__
 
+from fabriclite import _torch
 from fabriclite.errors import ConfigError, WorldError
 from fabriclite.launch import meeting, stores
 from fabriclite.launch.environments.described import Described
@@ -154,6 +156,22 @@ def check_backend(name: object) -> None:
 def default_backend(device: torch.device) -> str:
     """NCCL for CUDA tensors, with gloo beside it for objects and offloaded gradients on the host; gloo elsewhere."""
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+@contextmanager
+def pretended(size: int) -> Iterator[None]:
+    """Within it this process is the first of a group of ``size`` that does not exist; its collectives do nothing.
+
+    With a ``size`` of 1 nothing is done. There must be no process group yet.
+    """
+    if size == 1:
+        yield
+        return
+    dist.init_process_group("fake", store=_torch.fake_store(), rank=0, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def leave() -> None:

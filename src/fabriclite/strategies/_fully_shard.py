@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from fabriclite import _torch
 from fabriclite.birth.births import has_memory
+from fabriclite.layout import Group
 from fabriclite.precision import Precision
 from fabriclite.spread import Wrapped
 from fabriclite.strategies.configs import WrapPolicy
@@ -68,6 +69,26 @@ def apply(
         if not isinstance(unit, FSDPModule):
             shard(unit, mp_policy=mixed)
     shard(module, mp_policy=mixed)
+
+
+def groups(module: nn.Module, precision: Precision, policy: WrapPolicy) -> tuple[Group, ...]:
+    """What :func:`apply` would make of ``module``, in its order: innermost first, the root last. Pure."""
+    alone = set(scalars(module))
+    compute = precision.compute_dtype if precision.mixed else None
+    names = {sub: name for name, sub in module.named_modules()}
+    dtypes: dict[str, torch.dtype | None] = {}
+    if precision.mixed:
+        dtypes |= {name: None for sub, name in names.items() if _torch.is_batch_norm(sub)}
+    for name in (*(names[sub] for sub in _of_other_dtype(module, alone)), *wrap_units(module, policy), ""):
+        dtypes.setdefault(name, compute)
+    taken, found = {id(param) for param in alone}, []
+    named = {id(param): name for name, param in reversed(list(module.named_parameters(remove_duplicate=False)))}
+    for unit, dtype in dtypes.items():
+        own = [param for param in module.get_submodule(unit).parameters() if id(param) not in taken]
+        taken |= {id(param) for param in own}
+        if own or not unit:
+            found.append(Group(unit, tuple(named[id(param)] for param in own), dtype))
+    return tuple(found)
 
 
 def scalars(module: nn.Module) -> list[nn.Parameter]:
@@ -193,7 +214,7 @@ def is_root(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
-def groups(module: nn.Module) -> tuple[Wrapped, ...]:
+def wrapped(module: nn.Module) -> tuple[Wrapped, ...]:
     """What is gathered together: by class, and the root last."""
     inner = Counter(_own_class(sub) for sub in module.modules() if isinstance(sub, FSDPModule) and sub is not module)
     found = [Wrapped(how="FSDP", what=name, count=count) for name, count in inner.items()]

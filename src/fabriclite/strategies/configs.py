@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fabriclite.errors import ConfigError
-from fabriclite.layout import Layout
+from fabriclite.layout import Group, Layout
 from fabriclite.precision import NAMES, Precision, PrecisionName
 from fabriclite.spelling import as_code
 from fabriclite.strategy import StartMethod, Strategy
@@ -35,6 +35,8 @@ class _Dtypes(TypedDict):
     grad_dtype: torch.dtype
 
 
+ZERO_BUCKET: Final = 200_000_000
+"""Elements of ZeRO's communication bucket at most; DeepSpeed's own default (5e8) takes 2 GB of float32."""
 _ALL: Final[frozenset[PrecisionName]] = frozenset(NAMES)
 DEFAULT_TIMEOUT: Final = timedelta(minutes=30)
 
@@ -61,6 +63,10 @@ class SingleDeviceStrategy:
 
     def layout(self, size: int, precision: Precision) -> Layout:
         return Layout(**_dtypes(precision))
+
+    def split(self, module: nn.Module, size: int) -> nn.Module:
+        """Splits no matrix products."""
+        return module
 
     def build(self, *, world: World, precision: Precision) -> Strategy:
         from fabriclite.strategies.single import SingleDevice
@@ -129,6 +135,10 @@ class DDPStrategy:
             **_dtypes(precision),
         )
 
+    def split(self, module: nn.Module, size: int) -> nn.Module:
+        """Splits no matrix products."""
+        return module
+
     def build(self, *, world: World, precision: Precision) -> Strategy:
         from fabriclite.strategies.ddp import DDP
 
@@ -195,11 +205,16 @@ class FSDPStrategy:
             shards_gradients=True,
             shards_optimizer=True,
             gathers=True,
+            groups=_FSDPGroups(self.auto_wrap_policy, precision),
             reshard_after_forward=self.reshard_after_forward,
             parameters_on_host=self.cpu_offload,
             optimizer_on_host=self.cpu_offload,
             **_dtypes(precision),
         )
+
+    def split(self, module: nn.Module, size: int) -> nn.Module:
+        """Splits no matrix products."""
+        return module
 
     def build(self, *, world: World, precision: Precision) -> Strategy:
         from fabriclite.strategies.fsdp import FSDP
@@ -297,9 +312,18 @@ class ModelParallelStrategy:
             shards_gradients=data > 1,
             shards_optimizer=data > 1,
             gathers=data > 1,
+            groups=_FSDPGroups(self.auto_wrap_policy, precision) if data > 1 else None,
             reshard_after_forward=self.reshard_after_forward,
             **_dtypes(precision),
         )
+
+    def split(self, module: nn.Module, size: int) -> nn.Module:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        from fabriclite.strategies.tensor_parallel import split
+
+        mesh = init_device_mesh("cpu", (1, size), mesh_dim_names=("data_parallel", "tensor_parallel"))
+        return split(self, module, mesh)[0]
 
     def build(self, *, world: World, precision: Precision) -> Strategy:
         from fabriclite.strategies.tensor_parallel import TensorParallel
@@ -354,16 +378,44 @@ class DeepSpeedStrategy:
             shards_gradients=self.stage >= 2,
             shards_optimizer=True,
             gathers=self.stage == 3,
-            master=precision.half,
+            flat=True,
+            # DeepSpeed's own defaults, which the engine's JSON leaves as they are
+            persistent_numel=100_000,
+            ahead_numel=50_000_000,
+            reuse_numel=1_000_000_000,
+            live_numel=1_000_000_000,
+            flat_numel=1_000_000_000,
+            bucket_numel=ZERO_BUCKET,
+            master=True,  # also of float32 parameters
             parameters_on_host=self.offload_parameters,
             optimizer_on_host=self.offload_optimizer,
-            **_dtypes(precision),
+            param_dtype=precision.param_dtype,
+            compute_dtype=precision.param_dtype,  # mixed precision is autocast over float32 parameters
+            reduce_dtype=precision.reduce_dtype,
+            grad_dtype=precision.param_dtype,
         )
+
+    def split(self, module: nn.Module, size: int) -> nn.Module:
+        """Splits no matrix products."""
+        return module
 
     def build(self, *, world: World, precision: Precision) -> Strategy:
         from fabriclite.strategies.deepspeed import DeepSpeed
 
         return DeepSpeed.make(self, world, precision)
+
+
+@dataclass(frozen=True, slots=True)
+class _FSDPGroups:
+    """Which parameters FSDP gathers together."""
+
+    policy: WrapPolicy
+    precision: Precision
+
+    def __call__(self, module: nn.Module) -> tuple[Group, ...]:
+        from fabriclite.strategies._fully_shard import groups
+
+        return groups(module, self.precision, self.policy)
 
 
 def _dtypes(precision: Precision) -> "_Dtypes":

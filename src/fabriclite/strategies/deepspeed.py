@@ -26,12 +26,9 @@ from fabriclite.precision import Precision
 from fabriclite.spread import Spread, Wrapped
 from fabriclite.strategies import _shared, _zero, _zero_state
 from fabriclite.strategies._zero_optimizer import EngineOptimizer
-from fabriclite.strategies.configs import DeepSpeedStrategy
+from fabriclite.strategies.configs import ZERO_BUCKET, DeepSpeedStrategy
 from fabriclite.strategy import Finish, Strategy
 from fabriclite.world import World
-
-_BUCKET = 200_000_000
-"""Elements of a communication bucket at most; DeepSpeed's own default (5e8) takes 2 GB of float32 for any model."""
 
 
 @final
@@ -271,7 +268,7 @@ def engine_config(config: DeepSpeedStrategy, precision: Precision, numel: int) -
     True 16 bits become DeepSpeed's ``bf16``/``fp16``: parameters in 16 bits, float32 masters in the optimizer. Mixed
     becomes ``torch_autocast`` over float32 parameters, as under every other strategy, with gradients sent in float32.
     """
-    zero: dict[str, Any] = {"stage": config.stage, "reduce_bucket_size": max(1, min(numel, _BUCKET))}
+    zero: dict[str, Any] = {"stage": config.stage, "reduce_bucket_size": max(1, min(numel, ZERO_BUCKET))}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if config.offload_parameters:

@@ -96,7 +96,7 @@ class FSDP(Strategy):
 
     @override
     def spread(self, engine: nn.Module) -> Spread:
-        return Spread(mesh=_shared.axes(self.mesh), wrapped=_fully_shard.groups(engine))
+        return Spread(mesh=_shared.axes(self.mesh), wrapped=_fully_shard.wrapped(engine))
 
     @override
     def autocast(self) -> AbstractContextManager[Any]:

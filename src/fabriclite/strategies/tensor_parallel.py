@@ -29,6 +29,8 @@ from fabriclite.strategies.configs import ModelParallelStrategy
 from fabriclite.strategy import Finish, Strategy
 from fabriclite.world import World
 
+Styles = Mapping[str, ParallelStyle]
+
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +46,7 @@ class TensorParallel(Strategy):
     scaler: GradScaler
     mesh: DeviceMesh
     paused: "WeakSet[nn.Module]"
-    styles: "WeakKeyDictionary[nn.Module, Mapping[str, ParallelStyle]]"
+    styles: "WeakKeyDictionary[nn.Module, Styles]"
     """Of each module, which of its parts a plan split, and how."""
 
     @classmethod
@@ -77,9 +79,8 @@ class TensorParallel(Strategy):
         same = _shared.agree(births, self.world)
         _shared.same_on_all_ranks(module, self.world)
         self._same_random_stream()
-        ties = tp_plan.tied_names(module)
-        module = self._parallelize(module)
-        _retie(module, ties)
+        module, styles = split(self.config, module, self.mesh)
+        self.styles[module] = styles
         shard = self.mesh.size(0) > 1 and not _fully_shard.is_sharded(module)
         if shard:
             _fully_shard.apply(
@@ -94,24 +95,6 @@ class TensorParallel(Strategy):
         if shard:
             _fully_shard.make_root(module, self.mesh["data_parallel"], self.paused)
         return module, list(optimizers)
-
-    def _parallelize(self, module: nn.Module) -> nn.Module:
-        if self.config.parallelize_fn is not None:
-            with watched():
-                result = self.config.parallelize_fn(module, self.mesh)
-            if not isinstance(result, nn.Module):
-                raise ConfigError(
-                    f"`parallelize_fn` must return the module, but returned {type(result).__name__}. Add a return."
-                )
-            return result
-        plan = self.config.plan if self.config.plan is not None else tp_plan.carried_by(module)
-        styles = tp_plan.expand(module, plan)
-        if self.mesh.size(1) > 1:
-            tp_plan.check_even(module, styles, self.mesh.size(1))
-            for name, style in styles.items():
-                parallelize_module(module.get_submodule(name), self.mesh["tensor_parallel"], style)
-            self.styles[module] = styles
-        return module
 
     def _same_random_stream(self) -> None:
         """Ranks that share one product must draw the same dropout masks, whatever each was seeded with."""
@@ -140,7 +123,7 @@ class TensorParallel(Strategy):
     @override
     def spread(self, engine: nn.Module) -> Spread:
         split = tp_plan.splits(engine, self.styles.get(engine, {}))
-        return Spread(mesh=_shared.axes(self.mesh), wrapped=(*split, *_fully_shard.groups(engine)))
+        return Spread(mesh=_shared.axes(self.mesh), wrapped=(*split, *_fully_shard.wrapped(engine)))
 
     @override
     def autocast(self) -> AbstractContextManager[Any]:
@@ -212,6 +195,40 @@ class TensorParallel(Strategy):
     @override
     def sampler_shard(self) -> tuple[int, int]:
         return self.mesh.size(0), self.mesh.get_local_rank("data_parallel")
+
+
+def split(config: ModelParallelStrategy, module: nn.Module, mesh: DeviceMesh) -> tuple[nn.Module, Styles]:
+    """Split matrix products of ``module`` over the axis ``"tensor_parallel"`` of ``mesh``. Every rank must call this.
+
+    Returns:
+        The module, and what a plan split how: by name; empty where a function did it.
+
+    Raises:
+        ConfigError: the plan fits the module not, or ``parallelize_fn`` returned something else.
+    """
+    ties = tp_plan.tied_names(module)
+    module, styles = _parallelize(config, module, mesh)
+    _retie(module, ties)
+    return module, styles
+
+
+def _parallelize(config: ModelParallelStrategy, module: nn.Module, mesh: DeviceMesh) -> tuple[nn.Module, Styles]:
+    if config.parallelize_fn is not None:
+        with watched():
+            result = config.parallelize_fn(module, mesh)
+        if not isinstance(result, nn.Module):
+            raise ConfigError(
+                f"`parallelize_fn` must return the module, but returned {type(result).__name__}. Add a return."
+            )
+        return result, {}
+    plan = config.plan if config.plan is not None else tp_plan.carried_by(module)
+    styles = tp_plan.expand(module, plan)
+    if mesh.size(1) == 1:
+        return module, {}
+    tp_plan.check_even(module, styles, mesh.size(1))
+    for name, style in styles.items():
+        parallelize_module(module.get_submodule(name), mesh["tensor_parallel"], style)
+    return module, styles
 
 
 def _retie(module: nn.Module, ties: list[list[str]]) -> None:
