@@ -9,6 +9,7 @@ from fabriclite.errors import (
     FabricError,
     LaunchError,
     MaterializeError,
+    NonFiniteError,
     NonFiniteGradientError,
     SetupOrderError,
     WorldError,
@@ -23,6 +24,7 @@ from fabriclite.strategies.configs import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
+from fabriclite.watching.profiling import ProfilerWindow
 from fabriclite.world import World
 
 __version__ = "0.1.0"
@@ -39,9 +41,11 @@ __all__ = [
     "LoadReport",
     "MaterializeError",
     "ModelParallelStrategy",
+    "NonFiniteError",
     "NonFiniteGradientError",
     "Precision",
     "Preemption",
+    "ProfilerWindow",
     "Safetensors",
     "SaveHandle",
     "SetupOrderError",

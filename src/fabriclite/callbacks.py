@@ -11,6 +11,7 @@ arguments; what it raises ends the run like any other error.
 ``on_after_forward``           ``module, output``
 ``on_before_backward``         ``loss``
 ``on_after_backward``          ``loss``
+``on_before_clip_gradients``   ``module, optimizer``
 ``on_after_clip_gradients``    ``module, optimizer, norm``: ``norm`` is that before clipping, ``None`` if by value
 ``on_before_optimizer_step``   ``strategy, optimizer``: not told where a loss scaler skips the step
 ``on_after_optimizer_step``    ``strategy, optimizer``
@@ -37,6 +38,7 @@ HOOKS: Final = (
     "on_after_forward",
     "on_before_backward",
     "on_after_backward",
+    "on_before_clip_gradients",
     "on_after_clip_gradients",
     "on_before_optimizer_step",
     "on_after_optimizer_step",
@@ -76,6 +78,10 @@ class Callbacks:
             except Exception as error:
                 error.add_note(f"Raised by the callback {type(callback).__name__}.{hook}.")
                 raise
+
+    def holds(self, kind: type) -> bool:
+        """Whether one of them is a ``kind``."""
+        return any(isinstance(item, kind) for item in self._items)
 
     def around_forward(self, forward: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
         """``forward``, told of before and after."""

@@ -28,10 +28,12 @@ from fabriclite.module import FabricModule
 from fabriclite.precision import Precision, PrecisionInput
 from fabriclite.registry import resolve
 from fabriclite.strategy import Strategy, StrategyConfig
+from fabriclite.watching.profiling import ProfilerWindow
 from fabriclite.world import World
 
 if TYPE_CHECKING:
     from fabriclite.checkpoint.parts import Part
+    from fabriclite.watching.monitor import Monitor
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -444,13 +446,15 @@ class Fabric:
         arguments.check_clipping(clip_val, max_norm, norm_type)
         engine = self._books.engine(module)
         self._books.engine_of(optimizer)
+        self._callbacks.call("on_before_clip_gradients", module=module, optimizer=optimizer)
         norm = None
         if clip_val is not None:
             self._running.clip_grad_value(engine, optimizer, float(clip_val))
         else:
             assert max_norm is not None  # checked above
             largest, p = float(max_norm), float(norm_type)
-            norm = self._running.clip_grad_norm(engine, optimizer, largest, p, error_if_nonfinite)
+            with checks.naming_gradients(self._running, engine):
+                norm = self._running.clip_grad_norm(engine, optimizer, largest, p, error_if_nonfinite)
         self._callbacks.call("on_after_clip_gradients", module=module, optimizer=optimizer, norm=norm)
         return norm
 
@@ -641,6 +645,81 @@ class Fabric:
             WorldError: ``requeue`` is asked for where there is no SLURM.
         """
         return preemption.watch(self._ready_world, self._config.timeout, signals, every, requeue)
+
+    # -- watching --------------------------------------------------------------
+    def monitor(
+        self,
+        run_dir: str | Path | None = None,
+        *,
+        total_steps: int | None = None,
+        first_step: int = 0,
+        every: int = 10,
+        samples: float | None = None,
+        tokens: float | None = None,
+        flops: float | None = None,
+        peak_flops: float | None = None,
+        bar: bool = True,
+        nonfinite: Literal["raise", "warn", "ignore"] = "raise",
+        spikes: bool = True,
+        profile: ProfilerWindow | None = None,
+        name: str | None = None,
+        plan: Mapping[str, Any] | None = None,
+        report: str = "",
+    ) -> "Monitor":
+        """Watch training: ``with fabric.monitor(...) as monitor:``, and ``monitor.step(loss=loss)`` after each step.
+
+        Every rank must call this, after :meth:`setup`, and make the same steps. Rank 0 shows the run.
+
+        Args:
+            run_dir: folder for what ``fabriclite report`` reads; a run that goes on goes on in it. ``None``: none.
+            total_steps: of the whole run, with those before ``first_step``.
+            first_step: steps that were done before, by a run that is gone on with.
+            every: steps between two that are logged: shown, written, and handed to the loggers.
+            samples, tokens: that each rank works through in a step, where it is always as many.
+            flops: operations of one step of the whole model with one rank's data. ``None``: counted in the first step.
+            peak_flops: of one device, per second. ``None``: that of its data sheet, if it is in the table.
+            bar: show a bar in a terminal and lines elsewhere; ``False``: nothing but what must be seen.
+            nonfinite: what follows a loss that is NaN or infinite on any rank: ``"raise"`` before any weights are
+                stepped, ``"warn"`` and step, or ``"ignore"``.
+            spikes: tell of losses far above those before, and the module behind.
+            profile: which steps to record with ``torch.profiler``.
+            name: of the run; ``None``: the model's class.
+            plan, report: to be kept with the run: a plan's ``to_json()``, and a text.
+
+        Raises:
+            ConfigError: an argument has no meaning, or the profiler's window cannot happen.
+            SetupOrderError: ``launch`` is missing.
+        """
+        from fabriclite.watching.monitor import Monitor, Watched
+        from fabriclite.watching.options import Options
+
+        watched = Watched(
+            strategy=self._running,
+            config=self._config,
+            books=self._books,
+            callbacks=self._callbacks,
+            log=self.log_dict,
+            nodes=self._num_nodes,
+        )
+        folder = None if run_dir is None else Path(run_dir)
+        options = Options(
+            run_dir=folder,
+            total_steps=total_steps,
+            first_step=first_step,
+            every=every,
+            samples=samples,
+            tokens=tokens,
+            flops=flops,
+            peak_flops=peak_flops,
+            bar=bar,
+            nonfinite=nonfinite,
+            spikes=spikes,
+            profile=profile,
+            name=name,
+            plan=plan,
+            report=report,
+        )
+        return Monitor(watched, options)
 
     # -- small help ------------------------------------------------------------
     def to_device(self, obj: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -36,10 +37,23 @@ class Run:
 
 
 def append(folder: Path, record: RunFacts | StepRecord | Event) -> None:
-    """Add one line, whole: what is killed in between leaves a last line that reading passes over."""
+    """Add one line, whole: what is killed in between leaves a last line that reading passes over.
+
+    After such a line a new one is begun first, so that it swallows nothing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / _file_of(record), "a", encoding="utf-8") as file:
-        file.write(json.dumps(_plain(asdict(record)), separators=(",", ":"), allow_nan=False) + "\n")
+    line = json.dumps(_plain(asdict(record)), separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    with open(folder / _file_of(record), "ab+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        file.write(line)
+
+
+def attempts(folder: Path) -> int:
+    """How often a run of this folder was started."""
+    file = folder / _RUN
+    return sum(1 for _ in _records(file, RunFacts, []))
 
 
 def read(folder: str | Path) -> Run:
