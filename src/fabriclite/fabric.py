@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,12 @@ from fabriclite.module import FabricModule
 from fabriclite.precision import Precision, PrecisionInput
 from fabriclite.registry import resolve
 from fabriclite.strategy import Strategy, StrategyConfig
-from fabriclite.watching.profiling import ProfilerWindow
 from fabriclite.world import World
 
 if TYPE_CHECKING:
     from fabriclite.checkpoint.parts import Part
     from fabriclite.watching.monitor import Monitor
+    from fabriclite.watching.options import Asked
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -647,44 +647,29 @@ class Fabric:
         return preemption.watch(self._ready_world, self._config.timeout, signals, every, requeue)
 
     # -- watching --------------------------------------------------------------
-    def monitor(
-        self,
-        run_dir: str | Path | None = None,
-        *,
-        total_steps: int | None = None,
-        first_step: int = 0,
-        every: int = 10,
-        samples: float | None = None,
-        tokens: float | None = None,
-        flops: float | None = None,
-        peak_flops: float | None = None,
-        bar: bool = True,
-        nonfinite: Literal["raise", "warn", "ignore"] = "raise",
-        spikes: bool = True,
-        profile: ProfilerWindow | None = None,
-        name: str | None = None,
-        plan: Mapping[str, Any] | None = None,
-        report: str = "",
-    ) -> "Monitor":
+    def monitor(self, run_dir: str | Path | None = None, **options: "Unpack[Asked]") -> "Monitor":
         """Watch training: ``with fabric.monitor(...) as monitor:``, and ``monitor.step(loss=loss)`` after each step.
 
         Every rank must call this, after :meth:`setup`, and make the same steps. Rank 0 shows the run.
 
         Args:
             run_dir: folder for what ``fabriclite report`` reads; a run that goes on goes on in it. ``None``: none.
-            total_steps: of the whole run, with those before ``first_step``.
-            first_step: steps that were done before, by a run that is gone on with.
-            every: steps between two that are logged: shown, written, and handed to the loggers.
-            samples, tokens: that each rank works through in a step, where it is always as many.
-            flops: operations of one step of the whole model with one rank's data. ``None``: counted in the first step.
-            peak_flops: of one device, per second. ``None``: that of its data sheet, if it is in the table.
-            bar: show a bar in a terminal and lines elsewhere; ``False``: nothing but what must be seen.
-            nonfinite: what follows a loss that is NaN or infinite on any rank: ``"raise"`` before any weights are
-                stepped, ``"warn"`` and step, or ``"ignore"``.
-            spikes: tell of losses far above those before, and the module behind.
-            profile: which steps to record with ``torch.profiler``.
-            name: of the run; ``None``: the model's class.
-            plan, report: to be kept with the run: a plan's ``to_json()``, and a text.
+            options: all by name.
+
+                - ``total_steps``: of the whole run, with those before ``first_step``.
+                - ``first_step``: steps that were done before, by a run that is gone on with.
+                - ``every``: steps between two that are logged (shown, written, handed to the loggers); 10.
+                - ``samples``, ``tokens``: that each rank works through in a step, where it is always as many.
+                - ``flops``: operations of a step of the whole model with one rank's data; counted in the first step
+                  if it is not given.
+                - ``peak_flops``: of one device, per second; that of its data sheet, if it is in the table.
+                - ``bar``: a bar in a terminal and lines elsewhere; ``False``: only what must be seen.
+                - ``nonfinite``: what follows a loss that is NaN or infinite on any rank: ``"raise"`` before any
+                  weights are stepped, ``"warn"`` and step, or ``"ignore"``.
+                - ``spikes``: tell of losses far above those before, and the module behind; ``True``.
+                - ``profile``: a :class:`~fabriclite.ProfilerWindow`, steps to record with ``torch.profiler``.
+                - ``name``: of the run; the model's class.
+                - ``plan``, ``report``: to be kept with the run: a plan's ``to_json()``, and a text.
 
         Raises:
             ConfigError: an argument has no meaning, or the profiler's window cannot happen.
@@ -701,25 +686,7 @@ class Fabric:
             log=self.log_dict,
             nodes=self._num_nodes,
         )
-        folder = None if run_dir is None else Path(run_dir)
-        options = Options(
-            run_dir=folder,
-            total_steps=total_steps,
-            first_step=first_step,
-            every=every,
-            samples=samples,
-            tokens=tokens,
-            flops=flops,
-            peak_flops=peak_flops,
-            bar=bar,
-            nonfinite=nonfinite,
-            spikes=spikes,
-            profile=profile,
-            name=name,
-            plan=plan,
-            report=report,
-        )
-        return Monitor(watched, options)
+        return Monitor(watched, Options(run_dir=None if run_dir is None else Path(run_dir), **options))
 
     # -- small help ------------------------------------------------------------
     def to_device(self, obj: Any) -> Any:

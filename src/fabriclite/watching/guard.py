@@ -12,7 +12,8 @@ from fabriclite.watching.records import EventKind
 from fabriclite.watching.repeating import Finding
 from fabriclite.watching.spikes import Spike, Spikes
 
-Tell = Callable[[EventKind, str, Mapping[str, Any]], None]
+Tell = Callable[[EventKind, str, Mapping[str, Any], bool], None]
+"""``tell(kind, text, details, show)``: ``show`` it to people too."""
 
 
 class Guard:
@@ -87,15 +88,16 @@ class Guard:
         others = sum(v is not None for v, _ in found) - 1
         text = f"The loss must be finite, but is {value} on rank {rank}" + (f" and {others} more" if others else "")
         text = f"{text} in step {step}. {finding}"
-        self._tell("nonfinite", text, {"module": finding.module, "rank": rank, **_details(finding)})
-        if self._nonfinite == "raise":
+        raises = self._nonfinite == "raise"
+        self._tell("nonfinite", text, {"module": finding.module, "rank": rank, **_details(finding)}, not raises)
+        if raises:
             raise NonFiniteError(f"{text} {stepped} To go on in spite of it, pass nonfinite='warn' to fabric.monitor.")
 
     def _far(self, step: int, spike: Spike, usual: Usual) -> None:
         where = self._looking.far(self._losses.calls, usual)
         text = f"The loss of step {step} is {spike.value:.4g}, far above the {spike.median:.4g} of the steps before"
         details = {"value": spike.value, "median": spike.median, "limit": spike.limit}
-        self._tell("spike", f"{text}; {where}." if where else f"{text}.", details)
+        self._tell("spike", f"{text}; {where}." if where else f"{text}.", details, True)
 
 
 def _details(finding: Finding) -> dict[str, Any]:

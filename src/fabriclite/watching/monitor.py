@@ -148,9 +148,9 @@ class Monitor:
                 self._log(self._given)
             code = error.code if isinstance(error, SystemExit) else None
             if error is None or (isinstance(error, SystemExit) and code in (None, 0)):
-                self._tell("end", f"{self.done} steps", {}, show=False)
+                self._tell("end", f"{self.done} steps", {}, False)
             elif code == Preemption.status:
-                self._tell("preempted", f"stopped after {self.done} steps, to go on", {}, show=False)
+                self._tell("preempted", f"stopped after {self.done} steps, to go on", {}, False)
             else:
                 self._journal.failure(self.done, error)
 
@@ -309,17 +309,17 @@ class Monitor:
         self._clock.enter("other")
 
     def on_after_save(self, path: Any, asynchronous: bool) -> None:
-        self._tell("save", f"saved {path}", {"path": str(path), "asynchronous": asynchronous}, show=False)
+        self._tell("save", f"saved {path}", {"path": str(path), "asynchronous": asynchronous}, False)
 
     def on_after_load(self, path: Any) -> None:
-        self._tell("load", f"loaded {path}", {"path": str(path)}, show=False)
+        self._tell("load", f"loaded {path}", {"path": str(path)}, False)
 
     def _check(self) -> None:
         self._clock.enter("other")
         self._checks += 1
         self._guard.check(self.done + 1, "The weights were not stepped.")
 
-    def _tell(self, kind: EventKind, text: str, details: Mapping[str, Any], show: bool = True) -> None:
+    def _tell(self, kind: EventKind, text: str, details: Mapping[str, Any], show: bool) -> None:
         """What all ranks know: one of them says so."""
         if self._world.rank == 0:
             self._journal.event(kind, self.done, text, details)

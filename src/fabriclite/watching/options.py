@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, TypedDict, get_args
 
 from fabriclite.errors import ConfigError
 from fabriclite.watching.profiling import ProfilerWindow
@@ -12,6 +12,25 @@ NonFinite = Literal["raise", "warn", "ignore"]
 
 RESERVED: Final = ("steps_per_second", "samples_per_second", "tokens_per_second", "flops_per_second", "mfu")
 """Metrics that the monitor makes itself."""
+
+
+class Asked(TypedDict, total=False):
+    """What :meth:`fabriclite.Fabric.monitor` takes beside the folder."""
+
+    total_steps: int | None
+    first_step: int
+    every: int
+    samples: float | None
+    tokens: float | None
+    flops: float | None
+    peak_flops: float | None
+    bar: bool
+    nonfinite: NonFinite
+    spikes: bool
+    profile: ProfilerWindow | None
+    name: str | None
+    plan: Mapping[str, Any] | None
+    report: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
