@@ -1,5 +1,6 @@
 """A window of steps under ``torch.profiler``."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
@@ -100,9 +101,12 @@ class Profiling:
         window = self._window
         kinds = [profiler.ProfilerActivity.CPU] + ([profiler.ProfilerActivity.CUDA] if self._cuda else [])
         self._path.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Profiler won't be using warmup")  # there is no step before the first
+            schedule = profiler.schedule(wait=0, warmup=warm, active=window.steps, repeat=1)
         self._profile = profiler.profile(
             activities=kinds,
-            schedule=profiler.schedule(wait=0, warmup=warm, active=window.steps, repeat=1),
+            schedule=schedule,
             on_trace_ready=self._write,
             record_shapes=window.record_shapes,
             profile_memory=window.profile_memory,

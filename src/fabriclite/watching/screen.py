@@ -11,6 +11,8 @@ from fabriclite.watching.records import StepRecord
 
 _REFRESH: Final = 0.25
 """Seconds between two drawings of the bar, at least."""
+_BAR: Final = 16
+"""Letters of the bar itself."""
 _BURST: Final = 20
 """So many lines come at once, and then one for each second that passes: a log of fast steps stays readable."""
 
@@ -89,8 +91,9 @@ class Bar:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         on_stdout = stream is sys.stdout
+        self._total = total
         self._bar = Progress(
-            BarColumn(bar_width=16),
+            BarColumn(bar_width=_BAR),
             MofNCompleteColumn(),
             TextColumn("{task.fields[words]}", markup=False),
             console=_console(stream),
@@ -110,7 +113,9 @@ class Bar:
             self._bar.refresh()
 
     def show(self, record: StepRecord, remaining: float, last: bool) -> None:
-        self._bar.update(self._task, completed=record.step, words="  ".join(words.summary(record, remaining)))
+        room = self._bar.console.width - _BAR - len(f" {self._total}/{self._total} ") - 1
+        said = words.fitting(words.summary(record, remaining), room)
+        self._bar.update(self._task, completed=record.step, words=said)
         self.progress(record.step)
         if last:
             self._bar.refresh()

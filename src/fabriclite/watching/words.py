@@ -72,3 +72,10 @@ def line(record: StepRecord, total: int | None, remaining: float) -> str:
     width = max(4, len(str(total or 0)))
     of = f"/{total}" if total is not None else ""
     return "  ".join([f"step {record.step:{width}d}{of}", *summary(record, remaining)])
+
+
+def fitting(parts: list[str], room: int) -> str:
+    """As many of ``parts``, from the first, as fit into ``room`` letters."""
+    while parts and len("  ".join(parts)) > room:
+        parts = parts[:-1]
+    return "  ".join(parts)
