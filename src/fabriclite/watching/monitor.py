@@ -106,8 +106,6 @@ class Monitor:
             )
         modules = watched.books.modules()
         buffers = any(True for module in modules for _ in module.buffers())
-        self._screen: Screen = screen_for(world.rank, options.bar, options.total_steps, options.first_step)
-        self._open.callback(self._screen.close)
         self._clock = phases.clock_for(world.device, phases.waiting(self._layout, buffers))
         looking = Looking(world, watched.forward, watched.settle)
         self._guard = Guard(Losses(world), looking, options.nonfinite, options.spikes, self._tell)
@@ -133,6 +131,8 @@ class Monitor:
         if self._profiling is not None:
             self._open.callback(self._profiling.close)
             self._profiling.after(self.done)
+        self._screen: Screen = screen_for(world.rank, options.bar, options.total_steps, options.first_step)
+        self._open.callback(self._screen.close)
         watched.callbacks.add(self)
         self._open.callback(watched.callbacks.remove, self)
         self._reset()

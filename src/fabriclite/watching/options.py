@@ -2,8 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, Final, Literal, TypedDict, get_args
+
+from torch import Tensor
 
 from fabriclite.errors import ConfigError
 from fabriclite.watching.profiling import ProfilerWindow
@@ -85,11 +88,15 @@ def amount(name: str, value: object) -> None:
 
 
 def check_metrics(metrics: Mapping[str, Any]) -> None:
-    """Raise if a metric has the name of one that the monitor makes itself.
+    """Raise if a metric is no number, or has the name of one that the monitor makes itself. Reads no tensor.
 
     Raises:
         ConfigError: see above.
     """
+    for name, value in metrics.items():
+        if not (isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)):
+            shown = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ConfigError(f"A metric must be a number or a tensor of one element, but {name!r} is {shown}.")
     taken = [name for name in metrics if name in RESERVED]
     if taken:
         raise ConfigError(

@@ -130,7 +130,8 @@ def note_magnitude(seen: dict[str, Tensor], name: str, output: Any) -> None:
     tensors = floats(output)
     if tensors:
         tensor = tensors[0].detach()
-        seen[name] = torch.linalg.vector_norm(tensor, dtype=torch.float32) / math.sqrt(tensor.numel())
+        dtype = torch.float32 if tensor.dtype.itemsize < 4 else None  # squares of half precision numbers overflow
+        seen[name] = torch.linalg.vector_norm(tensor, dtype=dtype) / math.sqrt(tensor.numel())
 
 
 @contextmanager

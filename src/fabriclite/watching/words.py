@@ -8,7 +8,9 @@ from fabriclite.watching.phases import slowest
 from fabriclite.watching.records import StepRecord
 
 _SLOW = 1.15
-"""From which ratio to the median a rank is named."""
+"""From which ratio to the median a rank is named,"""
+_PART = 0.1
+"""and which part of a step the others must wait for it."""
 
 
 def number(value: float) -> str:
@@ -61,10 +63,18 @@ def summary(record: StepRecord, remaining: float) -> list[str]:
         parts.append(f"mem {size(max(record.peak))}")
     if math.isfinite(remaining):
         parts.append(f"eta {duration(remaining)}")
-    slow = slowest(record.own)
-    if slow is not None and slow[1] >= _SLOW:
-        parts.append(f"slowest rank {slow[0]} (+{slow[1] - 1:.0%})")
+    parts.append(straggler(record))
     return [part for part in parts if part]
+
+
+def straggler(record: StepRecord) -> str:
+    """The rank that the others wait for, if they do so for a good part of the step."""
+    slow = slowest(record.own)
+    if slow is None or slow[1] < _SLOW:
+        return ""
+    rank, ratio = slow
+    waited = record.own[rank] * (1 - 1 / ratio)
+    return f"slowest rank {rank} (+{ratio - 1:.0%})" if waited >= _PART * max(record.seconds) else ""
 
 
 def line(record: StepRecord, total: int | None, remaining: float) -> str:
