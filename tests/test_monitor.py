@@ -13,6 +13,7 @@ import sys
 import termios
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -190,9 +191,11 @@ def test_figures_in_few_letters() -> None:
         step=30,
         time=0.0,
         metrics={"loss": 2.5, "tokens_per_second": 12345.6, "mfu": 0.412},
+        seconds=(1.5, 1.5),
         own=(1.0, 1.4),
         peak=(10**9,),
     )
+    assert words.straggler(replace(record, seconds=(9.0, 9.0))) == ""  # nobody waits long for it
     assert words.line(record, 1000, 65) == (
         "step   30/1000  loss 2.500  12,346 tokens/s  MFU 41.2%  mem 1.0 GB  eta 1:05  slowest rank 1 (+40%)"
     )
@@ -377,7 +380,9 @@ def test_the_module_that_makes_nan_on_one_rank_is_named(strategy: str, world: in
     )
     assert same
     assert draws
-    event = next(event for event in rundir.read(tmp_path).events if event.kind == "nonfinite")
+    seen = rundir.read(tmp_path)
+    assert seen.starts[0].parameters == sum(p.numel() for p in Net().parameters())
+    event = next(event for event in seen.events if event.kind == "nonfinite")
     assert (event.details["module"], event.details["rank"], event.step) == ("bad", world - 1, 2)
 
 
@@ -469,15 +474,16 @@ def test_gradients_that_are_not_finite_are_named() -> None:
         fabric.clip_gradients(model, optimizer, max_norm=1.0)
 
 
-def test_a_spike_names_the_module_that_is_far_off(tmp_path: Path) -> None:
-    fabric = one()
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true"])
+def test_a_spike_names_the_module_that_is_far_off(precision: str, tmp_path: Path) -> None:
+    fabric = one(precision=precision)
     model, optimizer = set_up(fabric, nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), lr=1e-4)
     with fabric.monitor(tmp_path, bar=False) as monitor:
         for step in range(30):
             if step == 25:
                 with torch.no_grad():
                     model[2].weight.mul_(20)
-            train(fabric, model, optimizer, monitor, torch.ones(3, 4) + step / 1000)
+            train(fabric, model, optimizer, monitor, (torch.ones(3, 4) + step / 1000).to(model[0].weight.dtype))
     spike = [event for event in rundir.read(tmp_path).events if event.kind == "spike"]
     assert [event.step for event in spike] == [25]
     assert re.search(
@@ -547,6 +553,9 @@ def test_mistakes_of_a_script() -> None:
             monitor.step(mfu=0.5)
         with pytest.raises(ConfigError, match="`tokens` must be None or a number above 0, but is -1"):
             monitor.step(tokens=-1)
+        for value, told in ((torch.ones(2), r"shape \(2,\)"), ("high", "'high'"), (None, "None")):
+            with pytest.raises(ConfigError, match=f"a number or a tensor of one element, but 'x' is {told}"):
+                monitor.step(x=value)
 
 
 # -- several processes ----------------------------------------------------------
@@ -708,3 +717,32 @@ def test_without_rich_a_terminal_gets_lines() -> None:
     )
     screens = in_terminal([sys.executable, "-c", code], 100)
     assert [line.split()[1] for line in screens[-1] if line.startswith("step")] == ["4/6", "6/6"]
+
+
+class Compiled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(8, 8)
+        self.two = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(torch.tanh(self.one(x)))
+
+
+def test_what_is_compiled_stays_so_and_is_counted() -> None:
+    """Last in this file: it loads the compiler, and then all that comes after is counted as if it were compiled."""
+    made = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        made.append(graph)
+        return graph.forward
+
+    fabric = one()
+    model, optimizer = set_up(fabric, torch.compile(Compiled(), backend=backend))
+    with fabric.monitor(bar=False, every=1) as monitor:
+        for _ in range(12):  # the tenth would be sampled
+            train(fabric, model, optimizer, monitor, torch.ones(2, 8))
+    assert len(made) == 1
+    assert monitor.last is not None
+    rate = monitor.last.metrics
+    assert rate["flops_per_second"] / rate["steps_per_second"] == pytest.approx(3 * 2 * 2 * 2 * 64)

@@ -1,12 +1,14 @@
 """How many floating-point operations a step takes: counted once, in the first real forward."""
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
 from torch import nn
 
 from fabriclite import _torch
+from fabriclite.watching import repeating
 
 FORWARD_AND_BACKWARD: Final = 3
 """A backward takes twice a forward: a product each for the gradient of the inputs and of the weights."""
@@ -35,6 +37,27 @@ def counting(module: nn.Module, tensor_parallel: int, tell: list[float]) -> Iter
         counts = {name: float(sum(ops.values())) for name, ops in counter.get_flop_counts().items()}
         total += (tensor_parallel - 1) * sum(own_count(name, counts) for name in around_split(module))
     tell.append(total)
+
+
+def count_aside(
+    module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any, tensor_parallel: int, tell: list[float]
+) -> None:
+    """Count a forward that is run for it alone, uncompiled and without gradients.
+
+    Compiled code that is first called inside a counter is never compiled: torch 2.13 gives up on it for good. Where the
+    forward holds collectives, every rank must call this. If it cannot run uncompiled (it may need more memory), nothing
+    is counted.
+    """
+    try:
+        with repeating.undone(module), counting(module, tensor_parallel, tell):
+            run(*args, **kwargs)
+    except RuntimeError:
+        tell.clear()
+
+
+def may_be_compiled() -> bool:
+    """Whether anything in this process may be: modules, or functions that they call."""
+    return "torch._dynamo" in sys.modules
 
 
 def own_count(name: str, counts: Mapping[str, float]) -> float:

@@ -271,7 +271,15 @@ class Monitor:
             self._outer = module
             self._guard.before_forward(module, args, kwargs, self.done - self._options.first_step + 1)
             if self._counted is not None:
-                self._counter.enter_context(flops.counting(module, self._layout.tensor, self._counted))
+                self._count_flops(module, args, kwargs, self._counted)
+
+    def _count_flops(self, module: nn.Module, args: Any, kwargs: Any, tell: list[float]) -> None:
+        tensor = self._layout.tensor
+        if flops.may_be_compiled():
+            flops.count_aside(module, self._watched.forward(module), args, kwargs, tensor, tell)
+            self._watched.settle(module)
+        else:
+            self._counter.enter_context(flops.counting(module, tensor, tell))
 
     def on_after_forward(self, module: nn.Module, output: Any) -> None:
         if module is self._outer:

@@ -151,7 +151,7 @@ def undone(model: nn.Module) -> Iterator[None]:
     states = seed.rng_state()
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     # hooks are not seen by code that is compiled already
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    eager: Any = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     try:
         with torch.no_grad(), eager:
             yield
