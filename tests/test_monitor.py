@@ -411,6 +411,16 @@ def test_what_else_makes_a_loss_that_is_not_finite() -> None:
     assert "Not finite already: 1.weight." in text
 
 
+def test_of_accumulated_batches_the_bad_one_is_looked_into() -> None:
+    fabric = one()
+    model, optimizer = set_up(fabric, Net())
+    with fabric.monitor(bar=False):
+        for x in (clean(), spoilt(), clean()):
+            fabric.backward(model(x).square().mean() / 3)
+        with pytest.raises(NonFiniteError, match=r"bad \(Log\) is the first module"):
+            optimizer.step()
+
+
 class Masked(nn.Module):
     """Hands an additive mask of minus infinities on, as attention does."""
 
@@ -576,13 +586,13 @@ def with_a_straggler(fabric: Fabric, folder: str) -> list[StepRecord]:
     module = nn.Linear(16, 16)
     model, optimizer = set_up(fabric, module)
     slow = fabric.global_rank == 1
-    loader = fabric.setup_dataloaders(DataLoader(Slow(0.03 if slow else 0.0), batch_size=1))
+    loader = fabric.setup_dataloaders(DataLoader(Slow(0.05 if slow else 0.0), batch_size=1))
     batches, made = iter(loader), []
     with fabric.monitor(folder, every=5, bar=False, samples=1) as monitor:
         for step in range(15):
             x = next(batches) if step < 10 else torch.ones(1, 16)
             y = model(x)
-            until = time.thread_time() + (0.03 if slow and step >= 10 else 0.0)
+            until = time.thread_time() + (0.05 if slow and step >= 10 else 0.0)
             while time.thread_time() < until:
                 y = y + 0.0
             loss = y.square().mean()
@@ -599,8 +609,8 @@ def test_the_rank_that_the_others_wait_for_is_named(tmp_path: Path) -> None:
     _, reading, computing = run(with_a_straggler, "ddp", 2, str(tmp_path))
     for record in (reading, computing):
         assert abs(record.seconds[0] - record.seconds[1]) < 0.02  # the clock on the wall tells nothing
-        assert record.own[1] > 0.03
-        assert record.own[1] > record.own[0] + 0.015
+        assert record.own[1] > 0.05
+        assert record.own[1] > record.own[0] + 0.02
         found = phases.slowest(record.own)
         assert found is not None
         assert found[0] == 1
