@@ -616,16 +616,24 @@ def test_the_rank_that_the_others_wait_for_is_named(tmp_path: Path) -> None:
         assert found[0] == 1
 
 
-def measures(fabric: Fabric) -> dict[str, float]:
+def measures(fabric: Fabric) -> list[dict[str, float]]:
     fabric.seed_everything(0)
     with fabric.init_module():
         module = GPT(TINY)
     model, optimizer = set_up(fabric, module)
+    x, made = torch.zeros(2, 16, dtype=torch.long), []
     with fabric.monitor(bar=False, every=2, tokens=32) as monitor:
-        for _ in range(2):
-            train(fabric, model, optimizer, monitor, torch.zeros(2, 16, dtype=torch.long), rank=fabric.global_rank)
-    assert monitor.last is not None
-    return dict(monitor.last.metrics)
+        for step in range(6):
+            more = {"rank": fabric.global_rank, "step": step}
+            if step == 3:
+                more[f"only {fabric.global_rank}"] = 7
+            if step == 5:
+                more |= {f"{number}": number for number in range(30)}
+            train(fabric, model, optimizer, monitor, x, **more)
+            if step % 2:
+                assert monitor.last is not None
+                made.append(dict(monitor.last.metrics))
+    return made
 
 
 @pytest.mark.parametrize(
@@ -634,12 +642,14 @@ def measures(fabric: Fabric) -> dict[str, float]:
 def test_rates_are_those_of_all_ranks(strategy: str) -> None:
     """As many tokens and operations as the replicas worked through, however the model is split."""
     replicas = 1 if strategy == "tp_only" else 2
-    found = run(measures, strategy, 2)
+    found, other, many = run(measures, strategy, 2)
     matrices = sum(p.numel() for p in GPT(TINY).parameters() if p.dim() == 2)
     step = 32 * (6 * matrices + 12 * TINY.layers * 16 * TINY.dim)
     assert found["tokens_per_second"] / found["steps_per_second"] == pytest.approx(32 * replicas)
     assert found["flops_per_second"] / found["steps_per_second"] == pytest.approx(step * replicas)
-    assert found["rank"] == 0.5
+    assert (found["rank"], found["step"]) == (0.5, 1)
+    assert (other["rank"], other["step"], other["only 0"], other["only 1"]) == (0.5, 3, 7, 7)
+    assert (many["rank"], many["step"], many["29"]) == (0.5, 5, 29)
 
 
 # -- what is seen ---------------------------------------------------------------

@@ -178,11 +178,25 @@ def sum_on_host(world: World, values: Sequence[float]) -> list[float]:
     """
     if world.size == 1:
         return list(values)
-    by_host = world.device.type != "cuda" or "cpu" in dist.get_backend_config()
-    box = torch.tensor(values, dtype=torch.float64, device="cpu" if by_host else world.device)
+    box = _on_host(world, values)
     dist.all_reduce(box)
     sums: list[float] = box.tolist()
     return sums
+
+
+def gather_on_host(world: World, values: Sequence[float]) -> list[list[float]]:
+    """As many numbers of every rank, in rank order; on the way of :func:`sum_on_host`."""
+    if world.size == 1:
+        return [list(values)]
+    box = _on_host(world, values)
+    boxes = [torch.empty_like(box) for _ in range(world.size)]
+    dist.all_gather(boxes, box)
+    return [each.tolist() for each in boxes]
+
+
+def _on_host(world: World, values: Sequence[float]) -> Tensor:
+    by_host = world.device.type != "cuda" or "cpu" in dist.get_backend_config()
+    return torch.tensor(values, dtype=torch.float64, device="cpu" if by_host else world.device)
 
 
 def _tensor(leaf: Any, world: World) -> Tensor | None:

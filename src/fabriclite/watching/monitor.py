@@ -10,7 +10,7 @@ from typing import Any, Self, final
 import torch
 from torch import Tensor, nn
 
-from fabriclite import arguments, collectives
+from fabriclite import arguments
 from fabriclite.books import Books
 from fabriclite.callbacks import Callbacks
 from fabriclite.errors import SetupOrderError
@@ -18,6 +18,7 @@ from fabriclite.layout import Layout
 from fabriclite.preemption import Preemption
 from fabriclite.strategy import Strategy, StrategyConfig
 from fabriclite.watching import devices, flops, memory, phases, rates
+from fabriclite.watching.gathering import everyones
 from fabriclite.watching.guard import Guard
 from fabriclite.watching.journal import Journal
 from fabriclite.watching.losses import Looking, Losses
@@ -231,7 +232,7 @@ class Monitor:
 
     def _log(self, given: Mapping[str, Any]) -> None:
         """Tell each other of the steps since the last one logged. Every rank must call this."""
-        everyone = collectives.gather_objects(self._world, self._measured(given))
+        everyone = everyones(self._world, self._measured(given))
         now = time.perf_counter()
         self.last = rates.record(everyone, self.done, time.time(), self._layout.data, self._peak_flops)
         self._remaining.mark(self.done, now)
