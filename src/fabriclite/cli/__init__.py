@@ -1,1 +1,1 @@
-"""The command line: ``fabriclite checkpoint ...``, ``fabriclite doctor``."""
+"""The command line: ``fabriclite checkpoint ...``, ``fabriclite doctor``, ``fabriclite report``."""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from fabriclite.checkpoint.formats import FORMATS
-from fabriclite.cli import doctor
+from fabriclite.cli import doctor, report
 from fabriclite.errors import CheckpointError, ConfigError
 
 _DTYPES = ("float16", "bfloat16", "float32")
@@ -110,9 +110,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fabriclite", description="Run scripts on several processes, work on what they saved, and on the machine."
     )
-    rooms = parser.add_subparsers(required=True, metavar="run|checkpoint|doctor")
+    rooms = parser.add_subparsers(required=True, metavar="run|checkpoint|doctor|report")
     rooms.add_parser("run", help="run a script on several processes; see fabriclite run --help")
     doctor.add_to(rooms)
+    report.add_to(rooms)
     room = rooms.add_parser("checkpoint", help="look at checkpoints of every kind, and convert them")
     commands = room.add_subparsers(required=True, metavar="inspect|verify|convert|consolidate")
 

@@ -58,7 +58,8 @@ class StepRecord:
         step: number of steps done, counted from the run's very first.
         time: when.
         metrics: what the script gave (mean over the ranks), such as ``loss``; and what was measured:
-            ``samples_per_second``, ``tokens_per_second``, ``flops_per_second`` of all ranks, ``mfu`` between 0 and 1.
+            ``steps_per_second``, ``samples_per_second``, ``tokens_per_second``, ``flops_per_second`` of all ranks,
+            ``mfu`` between 0 and 1.
         phases: seconds per step of rank 0 by phase: ``data forward backward optimizer other``.
         seconds: by rank, seconds per step.
         own: by rank, seconds per step that it did not wait for others, where that is known.
