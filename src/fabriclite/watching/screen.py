@@ -10,7 +10,9 @@ from fabriclite.watching import words
 from fabriclite.watching.records import StepRecord
 
 _REFRESH: Final = 0.25
-"""Seconds between two drawings of the bar, at least."""
+"""Seconds between two drawings of the bar, at least,"""
+_SHARE: Final = 0.003
+"""and at most this share of the time goes into drawing: one takes rich a millisecond or more."""
 _BAR: Final = 16
 """Letters of the bar itself."""
 _BURST: Final = 20
@@ -102,15 +104,16 @@ class Bar:
             redirect_stderr=sys.stderr.isatty(),
         )
         self._task = self._bar.add_task("", total=total, completed=done, words="")
-        self._time = 0.0
+        self._next = 0.0
         self._bar.start()
 
     def progress(self, done: int) -> None:
         self._bar.update(self._task, completed=done)
-        now = time.monotonic()
-        if now - self._time >= _REFRESH:
-            self._time = now
+        begin = time.monotonic()
+        if begin >= self._next:
             self._bar.refresh()
+            end = time.monotonic()
+            self._next = end + max(_REFRESH, (end - begin) / _SHARE)
 
     def show(self, record: StepRecord, remaining: float, last: bool) -> None:
         room = self._bar.console.width - _BAR - len(f" {self._total}/{self._total} ") - 1
