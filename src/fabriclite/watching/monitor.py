@@ -195,6 +195,8 @@ class Monitor:
             )
         given = {**(metrics or {}), **more}
         check_metrics(given)
+        # without its graph, which would otherwise live until the next step
+        given = {name: value.detach() if isinstance(value, Tensor) else value for name, value in given.items()}
         amount("samples", samples)
         amount("tokens", tokens)
         self._clock.enter("other")
