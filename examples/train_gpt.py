@@ -20,15 +20,12 @@ import argparse
 import json
 import math
 import os
-import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -46,7 +43,7 @@ def parse_args() -> argparse.Namespace:
     where.add_argument("--precision", default="32-true")
     files = parser.add_argument_group("files")
     files.add_argument("--data", type=Path, help="any text; default: the language reference that Python ships")
-    files.add_argument("--out", type=Path, default=Path("runs/gpt"), help="folder for the checkpoint")
+    files.add_argument("--out", type=Path, default=Path("runs/gpt"), help="folder for checkpoint and log")
     files.add_argument(
         "--resume",
         help="a checkpoint to go on from, which also gives the model's shape; auto: the newest in --out, if any",
@@ -66,7 +63,7 @@ def parse_args() -> argparse.Namespace:
     training.add_argument("--learning-rate", type=float, default=3e-3, help="the highest; warmup, then half a cosine")
     training.add_argument("--warmup", type=int, default=20, help="steps")
     training.add_argument("--seed", type=int, default=1337)
-    training.add_argument("--log-every", type=int, default=20, help="steps between lines without a terminal")
+    training.add_argument("--log-every", type=int, default=20, help="steps between lines of the log")
     return parser.parse_args()
 
 
@@ -133,41 +130,6 @@ def evaluate(fabric: Fabric, model: nn.Module, loader: DataLoader[tuple[Tensor, 
     return fabric.all_reduce(torch.stack(losses).mean(), reduce_op="mean").item()
 
 
-class Report:
-    """Shows training on rank zero: a bar in a terminal, else a line every ``log_every`` steps."""
-
-    def __init__(self, fabric: Fabric, first: int, steps: int, log_every: int) -> None:
-        words = "loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s a rank"
-        self.bar = Progress(BarColumn(), MofNCompleteColumn(), TextColumn(words), TimeRemainingColumn())
-        self.bar.disable = not (fabric.is_global_zero and self.bar.console.is_terminal)
-        self.task = self.bar.add_task("train", total=steps, completed=first, loss=math.nan, rate=math.nan)
-        self.fabric = fabric
-        self.first, self.steps, self.log_every = first, steps, log_every
-        self.losses: deque[Tensor] = deque(maxlen=log_every)  # tensors: reading one waits for the device
-        self.start = time.perf_counter()
-
-    def __enter__(self) -> Report:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    @property
-    def loss(self) -> float:
-        """Mean over the last ``log_every`` steps, on this rank."""
-        return torch.stack(tuple(self.losses)).mean().item() if self.losses else math.nan
-
-    def step(self, done: int, loss: Tensor, tokens: int) -> None:
-        """``done`` steps are behind us; the last had ``loss`` and ``tokens`` tokens on this rank."""
-        self.losses.append(loss)
-        rate = (done - self.first) * tokens / (time.perf_counter() - self.start)
-        if not self.bar.disable:
-            self.bar.update(self.task, completed=done, loss=self.loss, rate=rate)
-        elif done % self.log_every == 0 or done == self.steps:
-            self.fabric.print(f"step {done:4d}/{self.steps}  loss {self.loss:.3f}  {rate:,.0f} tokens/s a rank")
-
-
 def main() -> None:
     args = parse_args()
     fabric = Fabric(
@@ -213,9 +175,13 @@ def main() -> None:
         raise SystemExit(f"--steps must be more than the {first} of the checkpoint, but is {args.steps}.")
 
     batches = forever(train_loader)
-    tokens = args.accumulate * args.batch_size * config.context
+    samples = args.accumulate * args.batch_size
+    tokens = samples * config.context
     model.train()
-    with Report(fabric, first, args.steps, args.log_every) as report:
+    watch = fabric.monitor(
+        args.out, total_steps=args.steps, first_step=first, every=args.log_every, samples=samples, tokens=tokens
+    )
+    with watch as monitor:  # a bar or lines, throughput, memory, what goes wrong; written down for `fabriclite report`
         for step in range(first, args.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
@@ -231,7 +197,7 @@ def main() -> None:
             fabric.clip_gradients(model, optimizer, max_norm=1.0)
             optimizer.step()
             optimizer.zero_grad()
-            report.step(step + 1, total, tokens)
+            monitor.step(loss=total, lr=learning_rate(step, args))
             state["step"] = step + 1
             stopping = stop.requested()  # on any rank; all get the same answer
             if stopping or (args.save_every and state["step"] % args.save_every == 0):
@@ -239,7 +205,7 @@ def main() -> None:
             if stopping:
                 stop.exit()  # when that is saved, with status 75: --resume auto goes on
 
-    train_loss = fabric.all_reduce(report.loss, reduce_op="mean")
+    train_loss = monitor.last.metrics["loss"] if monitor.last else math.nan
     val_loss = evaluate(fabric, model, val_loader)
     fabric.print(f"train loss {train_loss:.4f}  validation loss {val_loss:.4f}")
 

@@ -9,6 +9,7 @@ from fabriclite.errors import (
     FabricError,
     LaunchError,
     MaterializeError,
+    NonFiniteError,
     NonFiniteGradientError,
     SetupOrderError,
     WorldError,
@@ -27,6 +28,7 @@ from fabriclite.strategies.configs import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
+from fabriclite.watching.profiling import ProfilerWindow
 from fabriclite.world import World
 
 __version__ = "0.1.0"
@@ -45,10 +47,12 @@ __all__ = [
     "LoadReport",
     "MaterializeError",
     "ModelParallelStrategy",
+    "NonFiniteError",
     "NonFiniteGradientError",
     "Plan",
     "Precision",
     "Preemption",
+    "ProfilerWindow",
     "Safetensors",
     "SaveHandle",
     "SetupOrderError",

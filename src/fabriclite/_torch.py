@@ -184,6 +184,22 @@ def foreach_clamp_(items: list[Tensor], low: float, high: float) -> None:
     torch._foreach_clamp_max_(items, high)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` runs ``module`` or a part of it.
+
+    ``nn.Module._compiled_call_impl``, which ``nn.Module.compile()`` sets. No public way to ask.
+    """
+    return any(getattr(sub, "_compiled_call_impl", None) is not None for sub in module.modules())
+
+
+def cpu_attention() -> Any:
+    """``scaled_dot_product_attention`` as it is dispatched on the CPU, which torch's FLOP counter does not know.
+
+    ``aten._scaled_dot_product_flash_attention_for_cpu``; goes when the counter counts it.
+    """
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
 def compile_in_place(module: nn.Module) -> nn.Module:
     """The module inside ``torch.compile``'s wrapper, compiled in place with the same options; others as they are.
 

@@ -134,6 +134,10 @@ class Books:
         return next(module for module in self._panes if any(first is p for p in module.parameters()))
 
     # -- questions ---------------------------------------------------------------
+    def modules(self) -> list[nn.Module]:
+        """The users' own modules that are set up and still there, in the order of setup."""
+        return [module for module, pane in self._panes.items() if pane() is not None]
+
     def knows_module(self, module: Any) -> bool:
         return isinstance(module, nn.Module) and unwrap(module) in self._panes
 

@@ -12,6 +12,7 @@ arguments; what it raises ends the run like any other error.
 ``on_after_forward``           ``module, output``
 ``on_before_backward``         ``loss``
 ``on_after_backward``          ``loss``
+``on_before_clip_gradients``   ``module, optimizer``
 ``on_after_clip_gradients``    ``module, optimizer, norm``: ``norm`` is that before clipping, ``None`` if by value
 ``on_before_optimizer_step``   ``strategy, optimizer``: not told where a loss scaler skips the step
 ``on_after_optimizer_step``    ``strategy, optimizer``
@@ -37,6 +38,7 @@ HOOKS: Final = (
     "on_after_forward",
     "on_before_backward",
     "on_after_backward",
+    "on_before_clip_gradients",
     "on_after_clip_gradients",
     "on_before_optimizer_step",
     "on_after_optimizer_step",
@@ -80,6 +82,10 @@ class Callbacks:
     def __reduce__(self) -> Any:
         """Copies and pickles of what is told of, a loader say, tell nobody: callbacks belong to one ``Fabric``."""
         return Callbacks, ()
+
+    def holds(self, kind: type) -> bool:
+        """Whether one of them is a ``kind``."""
+        return any(isinstance(item, kind) for item in self._items)
 
     def around_forward(self, forward: Callable[..., Any], module: Callable[[], Any]) -> Callable[..., Any]:
         """``forward``, told of before and after. ``module``: a weak reference to what it is the forward of."""

@@ -4,6 +4,7 @@ A world of one needs no process group: each function then returns what went in (
 dimension it always adds). What ``all_reduce`` and ``all_gather`` return shares no memory with their input.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -168,6 +169,34 @@ def gather_objects(world: World, obj: T, group: Any = None) -> list[T]:
     box: list[Any] = [None] * world.size
     dist.all_gather_object(box, obj, group=group)
     return box
+
+
+def sum_on_host(world: World, values: Sequence[float]) -> list[float]:
+    """The sums of a few numbers over the ranks, without the device: nothing that it is still computing is waited for.
+
+    Where the process group sends nothing between hosts (``process_group_backend="nccl"``), they do go by the device.
+    """
+    if world.size == 1:
+        return list(values)
+    box = _on_host(world, values)
+    dist.all_reduce(box)
+    sums: list[float] = box.tolist()
+    return sums
+
+
+def gather_on_host(world: World, values: Sequence[float]) -> list[list[float]]:
+    """As many numbers of every rank, in rank order; on the way of :func:`sum_on_host`."""
+    if world.size == 1:
+        return [list(values)]
+    box = _on_host(world, values)
+    boxes = [torch.empty_like(box) for _ in range(world.size)]
+    dist.all_gather(boxes, box)
+    return [each.tolist() for each in boxes]
+
+
+def _on_host(world: World, values: Sequence[float]) -> Tensor:
+    by_host = world.device.type != "cuda" or "cpu" in dist.get_backend_config()
+    return torch.tensor(values, dtype=torch.float64, device="cpu" if by_host else world.device)
 
 
 def _tensor(leaf: Any, world: World) -> Tensor | None:

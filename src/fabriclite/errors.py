@@ -9,6 +9,7 @@
     ├── MaterializeError  (RuntimeError)  a parameter or buffer cannot be given its value
     ├── CheckpointError   (RuntimeError)  a checkpoint does not fit, or cannot be written or read
     ├── NonFiniteGradientError (RuntimeError)  a gradient norm is NaN or infinite
+    ├── NonFiniteError   (RuntimeError)  a loss is NaN or infinite
     └── LaunchError       (RuntimeError)  a worker process failed; carries its traceback
 """
 
@@ -39,6 +40,10 @@ class CheckpointError(FabricError, RuntimeError):
 
 class NonFiniteGradientError(FabricError, RuntimeError):
     """The norm of the gradients is NaN or infinite."""
+
+
+class NonFiniteError(FabricError, RuntimeError):
+    """A loss is NaN or infinite. The weights were not stepped with it."""
 
 
 class LaunchError(FabricError, RuntimeError):

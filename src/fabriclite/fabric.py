@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from fabriclite.checkpoint.parts import Part
     from fabriclite.planning.hardware import Hardware
     from fabriclite.planning.plan import Plan
+    from fabriclite.watching.monitor import Monitor
+    from fabriclite.watching.options import Asked
     from fabriclite.watching.report import Report
 
 T = TypeVar("T")
@@ -500,13 +502,15 @@ class Fabric:
         arguments.check_clipping(clip_val, max_norm, norm_type)
         engine = self._books.engine(module)
         self._books.engine_of(optimizer)
+        self._callbacks.call("on_before_clip_gradients", module=module, optimizer=optimizer)
         norm = None
         if clip_val is not None:
             self._running.clip_grad_value(engine, optimizer, float(clip_val))
         else:
             assert max_norm is not None  # checked above
             largest, p = float(max_norm), float(norm_type)
-            norm = self._running.clip_grad_norm(engine, optimizer, largest, p, error_if_nonfinite)
+            with checks.naming_gradients(self._running, engine):
+                norm = self._running.clip_grad_norm(engine, optimizer, largest, p, error_if_nonfinite)
         self._callbacks.call("on_after_clip_gradients", module=module, optimizer=optimizer, norm=norm)
         return norm
 
@@ -723,6 +727,47 @@ class Fabric:
             seconds=self._clock.seconds,
         )
         return report(self._running, self._books, known)
+
+    def monitor(self, run_dir: str | Path | None = None, **options: "Unpack[Asked]") -> "Monitor":
+        """Watch training: ``with fabric.monitor(...) as monitor:``, and ``monitor.step(loss=loss)`` after each step.
+
+        Every rank must call this, after :meth:`setup`, and make the same steps. Rank 0 shows the run.
+
+        Args:
+            run_dir: folder for what ``fabriclite report`` reads; a run that goes on goes on in it. ``None``: none.
+            options: all by name.
+
+                - ``total_steps``: of the whole run, with those before ``first_step``.
+                - ``first_step``: steps that were done before, by a run that is gone on with.
+                - ``every``: steps between two that are logged (shown, written, handed to the loggers); 10.
+                - ``samples``, ``tokens``: that each rank works through in a step, where it is always as many.
+                - ``flops``: operations of a step of the whole model with one rank's data; counted in the first step
+                  if it is not given.
+                - ``peak_flops``: of one device, per second; that of its data sheet, if it is in the table.
+                - ``bar``: a bar in a terminal and lines elsewhere; ``False``: only what must be seen.
+                - ``nonfinite``: what follows a loss that is NaN or infinite on any rank: ``"raise"`` before any
+                  weights are stepped, ``"warn"`` and step, or ``"ignore"``.
+                - ``spikes``: tell of losses far above those before, and the module behind; ``True``.
+                - ``profile``: a :class:`~fabriclite.ProfilerWindow`, steps to record with ``torch.profiler``.
+                - ``name``: of the run; the model's class.
+                - ``plan``, ``report``: to be kept with the run: a plan's ``to_json()``, and a text.
+
+        Raises:
+            ConfigError: an argument has no meaning, or the profiler's window cannot happen.
+            SetupOrderError: ``launch`` is missing.
+        """
+        from fabriclite.watching.monitor import Monitor, Watched
+        from fabriclite.watching.options import Options
+
+        watched = Watched(
+            strategy=self._running,
+            config=self._config,
+            books=self._books,
+            callbacks=self._callbacks,
+            log=self.log_dict,
+            nodes=self._num_nodes,
+        )
+        return Monitor(watched, Options(run_dir=None if run_dir is None else Path(run_dir), **options))
 
     # -- small help ------------------------------------------------------------
     def to_device(self, obj: Any) -> Any:

@@ -7,6 +7,7 @@ from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
+from torch import nn
 
 
 def as_code(value: Any) -> str:
@@ -45,3 +46,9 @@ def spelt(value: Any) -> str:
 def _same(value: Any, default: Any) -> bool:
     # Equal is not enough: True is 1, and an object may say that it equals anything.
     return value is default or (type(value) is type(default) and bool(value == default))
+
+
+def class_name(module: nn.Module) -> str:
+    """The class that its author wrote: ``fully_shard`` puts one of its own, ``FSDP...``, in its place."""
+    cls = type(module)
+    return cls.__bases__[-1].__name__ if cls.__name__ == f"FSDP{cls.__bases__[-1].__name__}" else cls.__name__

@@ -24,6 +24,7 @@ from fabriclite import _torch
 from fabriclite.birth.births import has_memory
 from fabriclite.layout import Group
 from fabriclite.precision import Precision
+from fabriclite.spelling import class_name
 from fabriclite.spread import Wrapped
 from fabriclite.strategies.configs import WrapPolicy
 from fabriclite.strategies.wrapping import wrap_units
@@ -216,12 +217,7 @@ def is_root(module: nn.Module) -> bool:
 
 def wrapped(module: nn.Module) -> tuple[Wrapped, ...]:
     """What is gathered together: by class, and the root last."""
-    inner = Counter(_own_class(sub) for sub in module.modules() if isinstance(sub, FSDPModule) and sub is not module)
+    inner = Counter(class_name(sub) for sub in module.modules() if isinstance(sub, FSDPModule) and sub is not module)
     found = [Wrapped(how="FSDP", what=name, count=count) for name, count in inner.items()]
-    root = [Wrapped(how="FSDP root", what=_own_class(module))] if is_root(module) else []
+    root = [Wrapped(how="FSDP root", what=class_name(module))] if is_root(module) else []
     return (*found, *root)
-
-
-def _own_class(module: nn.Module) -> str:
-    """``fully_shard`` makes a class of its own: that of the module is its last base."""
-    return type(module).__bases__[-1].__name__
