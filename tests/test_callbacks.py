@@ -23,6 +23,7 @@ ARGUMENTS = {
     "on_after_forward": {"module", "output"},
     "on_before_backward": {"loss"},
     "on_after_backward": {"loss"},
+    "on_before_clip_gradients": {"module", "optimizer"},
     "on_after_clip_gradients": {"module", "optimizer", "norm"},
     "on_before_optimizer_step": {"strategy", "optimizer"},
     "on_after_optimizer_step": {"strategy", "optimizer"},
@@ -31,7 +32,7 @@ ARGUMENTS = {
 }
 STEP = [
     *("before_batch", "after_batch", "before_forward", "after_forward", "before_backward", "after_backward"),
-    *("after_clip_gradients", "before_optimizer_step", "after_optimizer_step"),
+    *("before_clip_gradients", "after_clip_gradients", "before_optimizer_step", "after_optimizer_step"),
 ]
 
 FULL = pytest.mark.skipif(not os.environ.get("FULL"), reason="as stage 3; asked for by FULL=1")
@@ -109,6 +110,7 @@ def whole_run(fabric: Fabric, folder: str) -> list[Any]:
         expect("on_after_forward", module=model, output=output)
         expect("on_before_backward", loss=loss)
         expect("on_after_backward", loss=loss)
+        expect("on_before_clip_gradients", module=model, optimizer=optimizer)
         expect("on_after_clip_gradients", module=model, optimizer=optimizer, norm=norm)
         expect("on_before_optimizer_step", strategy=fabric.strategy, optimizer=optimizer)
         expect("on_after_optimizer_step", strategy=fabric.strategy, optimizer=optimizer)
@@ -165,7 +167,7 @@ def test_accumulation_and_several_optimizers(strategy: str) -> None:
     step = ["before_optimizer_step", "after_optimizer_step", [True, True]]
     one = ["before_forward", "after_forward", "before_backward", "after_backward"]
     for told, hook, norm in launched(STRATEGIES[strategy], 2, parts):
-        assert told == [["after_setup"], [*one, *one, "after_clip_gradients"], step, step]
+        assert told == [["after_setup"], [*one, *one, "before_clip_gradients", "after_clip_gradients"], step, step]
         assert (hook, norm) == ("on_after_clip_gradients", None)
 
 
