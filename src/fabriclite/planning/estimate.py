@@ -95,9 +95,9 @@ def _check(trace: Trace, config: StrategyConfig, layout: Layout, precision: Prec
 def rule_of(trace: Trace, layout: Layout) -> Rule:
     """How ``layout`` spreads the traced model."""
     if layout.groups is not None:
-        return Gathering(layout, trace.weights, groups_of(trace, layout.groups))
+        return Gathering(layout, trace.weights, groups_of(trace, layout.groups), trace.device == "cpu")
     if layout.flat and layout.gathers:
-        return ByModule(layout, trace.weights, _own(trace.skeleton), trace.steps[layout.param_dtype].beats)
+        return ByModule(layout, trace.weights, _own(trace.skeleton), trace)
     if layout.flat:
         return Flat(layout, trace.weights)
     return Replicated(layout, trace.weights)

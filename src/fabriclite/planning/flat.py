@@ -11,7 +11,7 @@ from typing_extensions import override
 from fabriclite.layout import Layout
 from fabriclite.planning.ledger import Ledger
 from fabriclite.planning.rules import Rule
-from fabriclite.planning.trace import Beat, Mark, Weight
+from fabriclite.planning.trace import Mark, Trace, Weight
 
 _MASTER: Final = 4
 """Bytes of an element of a master and of its gradient: both are float32."""
@@ -129,8 +129,10 @@ class ByModule(Rule):
     and kept in a buffer of this rank's part that is always there too.
     """
 
-    def __init__(self, layout: Layout, weights: Sequence[Weight], own: dict[str, list[str]], beats: Sequence[Beat]):
+    def __init__(self, layout: Layout, weights: Sequence[Weight], own: dict[str, list[str]], trace: Trace) -> None:
         self._layout = layout
+        self._staged = trace.device == "cpu"  # gloo copies what it sends and gets through memory of its own
+        beats = trace.steps[layout.param_dtype].beats
         self._weights = {w.name: w for w in weights}
         self._trained = [w for w in weights if w.trainable]
         self._own = own
@@ -222,6 +224,8 @@ class ByModule(Rule):
         size = sum(self._gathered(name) for name in names)
         sending = _Sending(set(names), size)
         ledger.add("communication", size)
+        if self._staged:
+            ledger.pass_by("communication", size)
         self._state.sending |= dict.fromkeys(names, sending)
 
     def _receive(self, name: str, ledger: Ledger) -> None:
@@ -275,7 +279,7 @@ class ByModule(Rule):
 
     def _flush(self, ledger: Ledger) -> None:
         """Reduce what the bucket holds, which is put into the order of ranks first."""
-        ledger.pass_by("communication", self._filled * self._width)
+        ledger.pass_by("communication", self._filled * self._width * (2 if self._staged else 1))
         self._filled = 0
 
     @override

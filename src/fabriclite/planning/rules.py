@@ -109,10 +109,17 @@ class Gathering(Rule):
     What is gathered in forward keeps its buffer until the next group is copied out. In backward the group that comes
     next is on its way while one computes. Gradients of a group are put into one buffer, which lives until the next one
     is filled.
+
+    Args:
+        layout: how the model is spread.
+        weights: of the model.
+        groups: what is gathered together.
+        staged: collectives copy what they send and get through memory of their own, as gloo's do.
     """
 
-    def __init__(self, layout: Layout, weights: Sequence[Weight], groups: Sequence[Group]) -> None:
+    def __init__(self, layout: Layout, weights: Sequence[Weight], groups: Sequence[Group], staged: bool) -> None:
         self._layout = layout
+        self._staged = staged
         self._weights = weights
         named = {weight.name: weight for weight in weights}
         self._grouped = {name for group in groups for name in group.parameters}
@@ -219,6 +226,8 @@ class Gathering(Rule):
         ledger.add("communication", unit.gathered)
         if unit.cast:
             ledger.free("communication", unit.sent)
+        if self._staged:
+            ledger.pass_by("communication", unit.gathered)
         unit.on_the_way = True
 
     def _send_for_next(self, unit: _Unit, ledger: Ledger) -> None:
@@ -247,6 +256,8 @@ class Gathering(Rule):
         self._reducing = unit.reduced
         ledger.free("gradients", unit.whole)
         unit.whole = 0
+        if self._staged and self._layout.shard > 1:
+            ledger.pass_by("communication", unit.reduced + unit.shard)
         if unit.shard != unit.kept:
             ledger.add("communication", unit.shard)
         ledger.add("gradients", unit.kept)
