@@ -151,6 +151,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), eps=eps, weight_decay=0.1
     )
+    # What each process will hold, to be seen beside what it then held. Nothing is allocated for it.
+    plan = fabric.plan(model, batch=args.batch_size, sequence=config.context, optimizer=optimizer)
     model, optimizer = fabric.setup(model, optimizer)
     if fabric.is_global_zero:  # after `setup`, where all ranks meet: they may read the same file before
         args.out.mkdir(parents=True, exist_ok=True)
@@ -179,7 +181,14 @@ def main() -> None:
     tokens = samples * config.context
     model.train()
     watch = fabric.monitor(
-        args.out, total_steps=args.steps, first_step=first, every=args.log_every, samples=samples, tokens=tokens
+        args.out,
+        total_steps=args.steps,
+        first_step=first,
+        every=args.log_every,
+        samples=samples,
+        tokens=tokens,
+        plan=plan.to_json(),
+        report=str(fabric.report()),
     )
     with watch as monitor:  # a bar or lines, throughput, memory, what goes wrong; written down for `fabriclite report`
         for step in range(first, args.steps):

@@ -532,7 +532,8 @@ def test_no_weights_are_allocated() -> None:
 
 def test_collectives_of_tensor_parallelism_are_those_that_torch_makes(tmp_path: Path) -> None:
     """Counted in a model that is really split over a pretended group, forward and backward."""
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch import distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor.debug import CommDebugMode
     from torch.distributed.tensor.parallel import parallelize_module
 
@@ -548,7 +549,7 @@ def test_collectives_of_tensor_parallelism_are_those_that_torch_makes(tmp_path: 
     model = model_from(tiny(tmp_path)).plain.build()
     torchs: Counter[str] = Counter()
     with pretended(2):
-        mesh = init_device_mesh("cpu", (2,))
+        mesh = DeviceMesh("cpu", torch.arange(2) + dist.get_rank())
         for name, style in tp_plan.expand(model, tp_plan.carried_by(model)).items():
             parallelize_module(model.get_submodule(name), mesh, style)
         ids = torch.zeros(1, 8, dtype=torch.long)

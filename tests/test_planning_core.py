@@ -1,13 +1,14 @@
 """Plans: what a rank holds is predicted without memory, and is what it then holds."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -16,16 +17,17 @@ from torch.nn import functional as F
 from torch.optim import LBFGS, SGD, AdamW
 from torch.profiler import ProfilerActivity, profile
 
+import fabriclite
 from fabriclite import (
     ConfigError,
     DDPStrategy,
     DeepSpeedStrategy,
+    Fabric,
     FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
 from fabriclite.birth import session
-from fabriclite.launch.process_group import pretended
 from fabriclite.planning.estimate import at_rest, estimate, trace
 from fabriclite.planning.recorder import in_order
 from fabriclite.planning.subject import Subject, default_loss
@@ -247,6 +249,37 @@ def test_tensor_parallel_ranks_hold_their_cut() -> None:
     assert cut.steps[float32].flops < whole.steps[float32].flops
 
 
+def planned_among_others(fabric: Fabric) -> Any:
+    """Rank 0 alone plans, while a process group exists; then that group makes another, splits a model and trains."""
+    with fabric.init_module():
+        model = gpt()
+    optimizer = adamw(model.parameters())
+    planned = None
+    if fabric.is_global_zero:
+        planned = fabric.plan(model, *tokens(BATCH, CONTEXT)[:1], loss=loss_of, optimizer=optimizer, batch=BATCH)
+    new = dist.new_group()
+    number = torch.ones(())
+    dist.all_reduce(number, group=new)
+    model, optimizer = fabric.setup(model, optimizer)
+    fabric.backward(loss_of(model(*tokens(BATCH, CONTEXT)[0])))
+    optimizer.step()
+    return number.item(), planned and planned.peak, fabric.all_reduce(1.0, reduce_op="sum")
+
+
+def test_tensor_parallelism_is_planned_also_where_a_process_group_exists() -> None:
+    outside = fabriclite.plan(
+        gpt,
+        *tokens(BATCH, CONTEXT)[:1],
+        strategy=ModelParallelStrategy(),
+        devices=2,
+        loss=loss_of,
+        optimizer=adamw,
+        batch=BATCH,
+        device="cpu",
+    )
+    assert run(planned_among_others, "tp", 2) == (2.0, outside.peak, 2.0)
+
+
 def test_groups_are_told_with_their_parameters() -> None:
     found, precision = known("bf16-mixed"), Precision.parse("bf16-mixed")
     groups = FSDPStrategy().layout(4, precision).groups
@@ -357,18 +390,6 @@ def test_a_rank_holds_what_was_planned(strategy: str, world: int, precision: str
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def group_of_two() -> Iterator[None]:
-    with pretended(2):
-        yield
-
-
-@pytest.mark.usefixtures("group_of_two")
-def test_tensor_parallelism_is_not_planned_inside_a_group() -> None:
-    with pytest.raises(ConfigError, match="must be planned before a process group exists, but one does"):
-        traced(tensor=2)
 
 
 class Lazy(nn.Module):

@@ -426,6 +426,27 @@ def fake_store() -> Any:
     return FakeStore()
 
 
+@contextmanager
+def other_default_group() -> Iterator[None]:
+    """Within it there is no default process group, and another may be made; that and its parts are gone after it.
+
+    ``torch.distributed.distributed_c10d._world`` and ``_update_default_pg``: torch knows one default group a process.
+    Names of groups are counted, and the count is put back: ranks that do not come here count on from the same number.
+    """
+    from torch.distributed import distributed_c10d as c10d
+
+    world: Any = c10d._world
+    ours, known, count = world.default_pg, set(world.pg_names), world.group_count
+    c10d._update_default_pg(None)
+    try:
+        yield
+    finally:
+        c10d._update_default_pg(ours)
+        for group in [group for group in world.pg_names if group not in known]:
+            c10d.destroy_process_group(group)
+        world.group_count = count
+
+
 def async_tensor() -> type:
     """What a functional collective gives before it is waited for: ``AsyncCollectiveTensor``; a tensor around one."""
     from torch.distributed._functional_collectives import AsyncCollectiveTensor

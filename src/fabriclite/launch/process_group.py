@@ -158,20 +158,26 @@ def default_backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
+_NOBODY: Final = 2**17
+"""No world has so many ranks."""
+
+
 @contextmanager
 def pretended(size: int) -> Iterator[None]:
-    """Within it this process is the first of a group of ``size`` that does not exist; its collectives do nothing.
+    """Within it this process is the first of ``size`` that do not exist; their collectives do nothing.
 
-    With a ``size`` of 1 nothing is done. There must be no process group yet.
+    With a ``size`` of 1 nothing is done. A process group that exists is put aside meanwhile. The ranks are the last of
+    a very large world: DTensor keeps what it worked out for a mesh, and hands it out for every mesh of the same ranks,
+    so that in a real one of them collectives would go to a group that is no more.
     """
     if size == 1:
         yield
         return
-    dist.init_process_group("fake", store=_torch.fake_store(), rank=0, world_size=size)
-    try:
+    hook = sys.excepthook  # torch puts one of its own in its place with every group
+    with _torch.other_default_group():
+        dist.init_process_group("fake", store=_torch.fake_store(), rank=_NOBODY, world_size=_NOBODY + size)
+        sys.excepthook = hook
         yield
-    finally:
-        dist.destroy_process_group()
 
 
 def leave() -> None:

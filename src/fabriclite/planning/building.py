@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fabriclite import _torch
@@ -56,16 +55,11 @@ def built(
 
     Raises:
         ConfigError: ``build`` made no module, or one with parameters whose shape the first batch decides; ``tensor`` is
-            more than one without a config, or while a process group exists.
+            more than one without a config.
     """
     if tensor > 1 and config is None:
         raise ConfigError(
             f"`config` must be a ModelParallelStrategy when `tensor` is {tensor}, but is None. It says what is split."
-        )
-    if tensor > 1 and dist.is_initialized():
-        raise ConfigError(
-            f"Tensor parallelism over {tensor} ranks must be planned before a process group exists, but one does."
-            " Plan before `launch`, or in a process of its own."
         )
     plan, births = InitPlan.of(record=True, device=CPU, dtype=precision.param_dtype), Recorder((), 1)
     with torch.random.fork_rng(devices=[]), enter(plan), births:

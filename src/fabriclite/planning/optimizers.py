@@ -1,6 +1,7 @@
 """From what a user names as an optimizer to a function that makes one."""
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -27,7 +28,8 @@ def maker(optimizer: object) -> Maker:
     if optimizer is None:
         return torch.optim.AdamW
     if isinstance(optimizer, Optimizer):
-        return functools.partial(type(optimizer), **optimizer.defaults)
+        known = inspect.signature(type(optimizer)).parameters  # `defaults` also holds what it worked out from them
+        return functools.partial(type(optimizer), **{k: v for k, v in optimizer.defaults.items() if k in known})
     if isinstance(optimizer, str):
         return _named(optimizer)
     if callable(optimizer):

@@ -318,11 +318,14 @@ class ModelParallelStrategy:
         )
 
     def split(self, module: nn.Module, size: int) -> nn.Module:
-        from torch.distributed.device_mesh import init_device_mesh
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import DeviceMesh
 
         from fabriclite.strategies.tensor_parallel import split
 
-        mesh = init_device_mesh("cpu", (1, size), mesh_dim_names=("data_parallel", "tensor_parallel"))
+        first = dist.get_rank()
+        ranks = torch.arange(first, first + size).unsqueeze(0)
+        mesh = DeviceMesh("cpu", ranks, mesh_dim_names=("data_parallel", "tensor_parallel"))
         return split(self, module, mesh)[0]
 
     def build(self, *, world: World, precision: Precision) -> Strategy:
