@@ -1,6 +1,6 @@
 # make run      train a small GPT on STRATEGY and DEVICES, then let it write some text
 # make check    everything a change has to pass: lint types test docs
-# make bench    what a step, building a model, saving and loading cost, next to its peers: a quarter of an hour
+# make bench    what a step, building a model, saving and loading cost, next to its peers; watching; plans: half an hour
 # make zoo      every transformers and timm model, recorded and materialised, against plain construction: minutes
 #
 # Every target makes its own virtual environment in .venv first, and only when it has to.
@@ -109,6 +109,8 @@ bench: $(VENV)/.stamp-bench
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/init.py
 	$(BIN)/python benchmarks/checkpoint.py
+	$(BIN)/python benchmarks/monitor_overhead.py
+	$(BIN)/python benchmarks/plan_accuracy.py
 
 zoo: $(VENV)/.stamp-zoo
 	$(BIN)/python -m zoo.run --jobs $(ZOO_JOBS) $(if $(ZOO_ALL),--all) --out docs/zoo.md

@@ -12,6 +12,7 @@
     torchrun --nproc-per-node 2 examples/train_gpt.py --strategy fsdp --devices 2
 
 Then let it write: python examples/generate.py --checkpoint runs/gpt/checkpoint
+How it went: fabriclite report runs/gpt    (pip install fabriclite[plots])
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from fabriclite import Fabric
+from fabriclite.loggers import CSVLogger
 from gpt import GPT, GPTConfig
 
 
@@ -133,7 +135,11 @@ def evaluate(fabric: Fabric, model: nn.Module, loader: DataLoader[tuple[Tensor, 
 def main() -> None:
     args = parse_args()
     fabric = Fabric(
-        accelerator=args.accelerator, strategy=args.strategy, devices=args.devices, precision=args.precision
+        accelerator=args.accelerator,
+        strategy=args.strategy,
+        devices=args.devices,
+        precision=args.precision,
+        loggers=CSVLogger(args.out, name="", version="metrics"),
     )
     fabric.launch()
     fabric.seed_everything(args.seed)

@@ -777,6 +777,10 @@ def test_the_command_plans_one(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ):
         assert change in shown
     assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert run(*words, "--precision", "bf16-true", "--gpu", "NVIDIA H100 80GB HBM3", "--json") == 0
+    named = json.loads(capsys.readouterr().out)
+    assert run(*words, "--precision", "bf16-true", "--peak-tflops", "989.4", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == named
     assert run(*words, "--memory", "100KB") == 1
     assert "It does not fit in 97.7 KiB: " in capsys.readouterr().out
 
@@ -855,6 +859,11 @@ def test_the_command_finds_the_largest_that_fits(what: str, tmp_path: Path, caps
         (("a:b",), "A search (no --strategy) must know the memory of a device, but --memory is missing."),
         (("a:b", "--strategy", "ddp", "--fit", "batch"), "--fit batch must know the memory of a device"),
         (("a:b", "--memory", "1GB", "--what-if"), "--what-if must come with --strategy"),
+        (("a:b", "--strategy", "ddp", "--gpu", "H100", "--peak-tflops", "1"), "--gpu and --peak-tflops must not both"),
+        (
+            ("torch.nn:Identity", "--strategy", "ddp", "--gpu", "GeForce 256"),
+            "--gpu must name a device whose rate in float32 is known, such as H100, B200 or MI300X, but is 'GeForce",
+        ),
         (("a:b", "--memory", "1GB", "--set", "a=1"), "--set must come with --strategy"),
         (("a:b", "--memory", "1GB", "--fit", "batch"), "--fit must come with --strategy"),
         (("a:b", "--strategy", "ddp", "--precision", "32", "--precision", "64"), "--precision must be given once"),

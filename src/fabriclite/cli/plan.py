@@ -80,7 +80,8 @@ def _add_hardware(plan: argparse.ArgumentParser) -> None:
     group.add_argument("--per-node", type=int, metavar="N", help="of them on one machine; else 8, or all if fewer")
     group.add_argument("--memory", metavar="SIZE", help="of one device, such as 80GB (10**9) or 80GiB (2**30)")
     group.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="their type")
-    group.add_argument("--peak-tflops", metavar="N", help="of one device, in the precision that is computed in")
+    group.add_argument("--gpu", metavar="NAME", help="their name as torch gives it, such as H100: for their speed")
+    group.add_argument("--peak-tflops", metavar="N", help="instead: of one device, in the precision it computes in")
     for link, to in (("node", "others of its machine"), ("network", "other machines"), ("host", "its host's memory")):
         group.add_argument(
             f"--{link}-bandwidth", metavar="GB/s", help=f"of one device to {to}, one way; or such as nvlink4, ib-400"
@@ -102,6 +103,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError("Exactly one of MODEL and --hf-config must be given. Name the model once.")
     if arguments.config and arguments.model is None:
         raise ConfigError("--config must come with MODEL, but --hf-config was given. Change that file instead.")
+    if arguments.gpu is not None and arguments.peak_tflops is not None:
+        raise ConfigError("--gpu and --peak-tflops must not both be given: each says the speed. Keep one.")
     if arguments.memory is None and (arguments.fit or not arguments.strategy):
         what = f"--fit {arguments.fit}" if arguments.fit else "A search (no --strategy)"
         raise ConfigError(f"{what} must know the memory of a device, but --memory is missing. Add --memory 80GB, say.")
@@ -206,11 +209,29 @@ def _hardware(arguments: argparse.Namespace) -> "Hardware":
 
     return Hardware(
         memory=None if arguments.memory is None else parse_bytes(arguments.memory),
-        flops=None if arguments.peak_tflops is None else parse_tflops(arguments.peak_tflops),
+        flops=_flops_of(arguments) if arguments.peak_tflops is None else parse_tflops(arguments.peak_tflops),
         node=given("node_bandwidth"),
         network=given("network_bandwidth"),
         host=given("host_bandwidth"),
     )
+
+
+def _flops_of(arguments: argparse.Namespace) -> float | None:
+    """The peak rate of ``--gpu`` in the (first) precision that is planned; a search's own begins with bfloat16."""
+    if arguments.gpu is None:
+        return None
+    from fabriclite.precision import Precision
+    from fabriclite.watching.devices import peak_flops
+
+    usual = None if arguments.strategy else "bf16-true"
+    precision = Precision.parse(next(iter(arguments.precision), usual))
+    found = peak_flops(arguments.gpu, precision.compute_dtype)
+    if found is None:
+        raise ConfigError(
+            f"--gpu must name a device whose rate in {str(precision.compute_dtype).removeprefix('torch.')} is known,"
+            f" such as H100, B200 or MI300X, but is {arguments.gpu!r}. Give --peak-tflops instead."
+        )
+    return found
 
 
 # -- as text ----------------------------------------------------------------------------------------------------------
