@@ -1,5 +1,6 @@
 # make run      train a small GPT on STRATEGY and DEVICES, then let it write some text
 # make check    everything a change has to pass: lint types test docs
+# make coverage the tests again, and which lines they ran: some minutes more
 # make bench    what a step, building a model, saving and loading cost, next to its peers; watching; plans: half an hour
 # make zoo      every transformers and timm model, recorded and materialised, against plain construction: minutes
 #
@@ -32,7 +33,7 @@ export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint types docs check bench zoo clean
+.PHONY: help run test coverage lint types docs check bench zoo clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -87,8 +88,11 @@ run: $(VENV)/.stamp-$(if $(filter deepspeed%,$(STRATEGY)),deepspeed,run)
 
 # --- checks ---
 
-# Ranks are processes: each writes a data file of its own, combined at the end also when a test failed.
 test: $(VENV)/.stamp-dev
+	$(BIN)/pytest --ignore=tests/docs
+
+# Ranks are processes: each writes a data file of its own, combined at the end also when a test failed.
+coverage: $(VENV)/.stamp-dev
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest --ignore=tests/docs; status=$$?; \
 		$(BIN)/coverage combine --quiet && $(BIN)/coverage report; exit $$status
