@@ -395,6 +395,17 @@ def test_the_browser_would_tell_what_is_fetched(tmp_path: Path) -> None:
     assert "violates the following Content Security Policy" in " ".join(browser.look(file).console)
 
 
+def test_memory_of_a_process_is_not_held_against_a_plan_of_tensors(tmp_path: Path) -> None:
+    made = Made(tmp_path, steps=4)
+    moment = {"phase": "step", "module": "", "memory": {"by_kind": {"parameters": MIB}}}
+    made.start(0, 0, device="cpu", plan={"peaks": {"step": moment}})
+    rundir.append(tmp_path, StepRecord(step=1, time=BEGAN, peak=(400 * MIB,)))
+    text = _words(write(tmp_path).read_text(encoding="utf-8"))
+    assert "peak, measured on rank 0 of the whole process: Python, libraries and all 400 MiB" in text
+    assert "of the plan" not in text
+    assert "Planned peak by phase, and" not in text
+
+
 EVIL = "<script>alert(1)</script>"
 
 

@@ -13,6 +13,7 @@ from fabriclite.watching.page.units import amount, percent, scale
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_PROCESS: Final = "of the whole process: Python, libraries and all"
 _KIND_COLOURS: Final = {kind: number for number, kind in enumerate(KINDS)}
 
 
@@ -67,6 +68,12 @@ def measured_peak(seen: Seen) -> tuple[float, int] | None:
     return max(known, key=lambda one: one[0], default=None)
 
 
+def comparable(seen: Seen) -> bool:
+    """Whether what was measured is what a plan counts. On a CPU it is the memory of the whole process, in which the
+    interpreter and its libraries take hundreds of MiB."""
+    return not any(start.device == "cpu" for start in seen.starts)
+
+
 def plan_rows(plan: Planned, seen: Seen) -> list[tuple[str, ...]]:
     """Phase, module, largest kinds, bytes; then the whole, what was measured, and how far they are apart."""
     rows: list[tuple[str, ...]] = []
@@ -78,14 +85,14 @@ def plan_rows(plan: Planned, seen: Seen) -> list[tuple[str, ...]]:
     measured = measured_peak(seen)
     if measured is not None:
         size, rank = measured
-        apart = percent(size / plan.peak - 1)
-        rows.append((f"peak, measured on rank {rank}", "", f"{apart} of the plan", amount(size, "bytes")))
+        apart = f"{percent(size / plan.peak - 1)} of the plan" if comparable(seen) else _PROCESS
+        rows.append((f"peak, measured on rank {rank}", "", apart, amount(size, "bytes")))
     return rows
 
 
 def plan_picture(plan: Planned, seen: Seen) -> Picture:
     """Stacked bars of the planned peaks by phase; a line at the measured one."""
-    measured = measured_peak(seen)
+    measured = measured_peak(seen) if comparable(seen) else None
     kinds = [kind for kind in KINDS if any(kind in found for _, _, found in plan.phases)]
 
     def draw(axes: "Axes") -> None:
@@ -108,7 +115,7 @@ def plan_picture(plan: Planned, seen: Seen) -> Picture:
 
     alt = "; ".join(f"{phase} {amount(sum(found.values()), 'bytes')}" for phase, _, found in plan.phases)
     alt += f"; measured {amount(measured[0], 'bytes')}" if measured else ""
-    title = "Planned peak by phase, and the measured one"
+    title = "Planned peak by phase, and the measured one" if measured else "Planned peak by phase"
     svg = drawn("plot-plan", title, alt, (WIDE, 0.85 + 0.32 * len(plan.phases)), draw)
     key = tuple((f"c{_KIND_COLOURS[kind]}", str(kind)) for kind in kinds)
     return Picture("plot-plan", title, alt, svg, wide=True, key=key, note="of one rank")
