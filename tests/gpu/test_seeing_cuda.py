@@ -1,4 +1,4 @@
-"""Plans and the monitor on one CUDA device: what was predicted is what the allocator held. Skipped where there is none."""
+"""Plans and the monitor on one CUDA device: what was predicted is what was then held. Skipped where there is none."""
 
 from pathlib import Path
 
