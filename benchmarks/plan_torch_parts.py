@@ -31,17 +31,21 @@ def mem_tracker(name: str) -> str:
         optimizer = AdamW(model.parameters(), lr=1e-4)
         tracker = MemTracker()
         tracker.track_external(model, optimizer)
-        with tracker:
-            for i in range(2):
-                step(name, model)
-                optimizer.step()
-                optimizer.zero_grad()
-                if i == 0:
-                    tracker.reset_mod_stats()
-    peak = tracker.get_tracker_snapshot("peak")
+        return _peak(tracker, name, model, optimizer)
+
+
+def _peak(tracker: Any, name: str, model: nn.Module, optimizer: AdamW) -> str:
+    """What was held at most in the second of two steps, by kind, in MB."""
+    with tracker:
+        for i in range(2):
+            step(name, model)
+            optimizer.step()
+            optimizer.zero_grad()
+            if i == 0:
+                tracker.reset_mod_stats()
     return ", ".join(
         f"{device}: " + ", ".join(f"{kind} {size / 1e6:.2f}" for kind, size in found.items())
-        for device, found in peak.items()
+        for device, found in tracker.get_tracker_snapshot("peak").items()
     )
 
 
@@ -62,18 +66,7 @@ def fsdp_mem_tracker(name: str) -> str:
             optimizer = AdamW(model.parameters(), lr=1e-4)
             tracker = FSDPMemTracker(model, optimizer)
             tracker.track_inputs(tuple(SUBJECTS[name].inputs(BATCH, CONTEXT)[0]))
-            with tracker:
-                for i in range(2):
-                    step(name, model)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    if i == 0:
-                        tracker.reset_mod_stats()
-        peak = tracker.get_tracker_snapshot("peak")
-        return ", ".join(
-            f"{device}: " + ", ".join(f"{kind} {size / 1e6:.2f}" for kind, size in found.items())
-            for device, found in peak.items()
-        )
+            return _peak(tracker, name, model, optimizer)
     finally:
         dist.destroy_process_group()
 
